@@ -1,0 +1,13 @@
+// Package iptables turns iptables rules into the model of package netfilter,
+// and the model back into the text that iptables-save prints.
+//
+// The way of the data:
+//
+//	iptables-save text ──Parse──▶ netfilter.Ruleset ──AppendRule, Write──▶ text
+//	this node's kernel ──Exec.Read (iptables-save -c, both backends)──▶ netfilter.Ruleset
+//
+// Parse understands what iptables-save and ip6tables-save print, with and
+// without counters, and the lines of iptables -S. It never guesses: a match
+// that it does not know is kept word for word as [netfilter.Unknown], and text
+// that no iptables program prints is an error that names file and line.
+package iptables

@@ -1,0 +1,816 @@
+package iptables
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// ruleParser reads the words of one rule behind "-A CHAIN".
+type ruleParser struct {
+	table    *netfilter.Table
+	chain    *netfilter.Chain
+	line     []byte
+	tokens   []token
+	counter  *netfilter.Counter
+	protocol string // the value of -p
+	target   int    // index of -j or -g in tokens; -1 for none
+}
+
+func (p *ruleParser) parse() error {
+	start := p.chain.Mark()
+	err := p.general()
+	if err == nil {
+		err = p.modules()
+	}
+	if err == nil && p.target >= 0 {
+		err = p.verdict()
+	}
+	if err != nil {
+		p.chain.Undo(start)
+		return err
+	}
+	p.chain.End(p.counter)
+	return nil
+}
+
+// general are the options that belong to no module, in the order in which
+// iptables-save prints them.
+var general = []struct {
+	short, long string
+	kind        netfilter.Kind
+}{
+	{"-s", "--source", netfilter.Source},
+	{"-d", "--destination", netfilter.Destination},
+	{"-i", "--in-interface", netfilter.InInterface},
+	{"-o", "--out-interface", netfilter.OutInterface},
+	{"-p", "--protocol", netfilter.ProtocolIs},
+	{"-f", "--fragment", netfilter.Fragment},
+}
+
+// isGeneral reports whether a word is an option of the rule itself, which ends
+// the options of a module.
+func isGeneral(word []byte) bool {
+	if len(word) == 2 && word[0] == '-' {
+		return bytes.IndexByte([]byte("sdiopfmjgc"), word[1]) >= 0
+	}
+	switch string(word) {
+	case "--source", "--src", "--destination", "--dst", "--in-interface", "--out-interface", "--protocol", "--proto",
+		"--fragment", "--match", "--jump", "--goto", "--set-counters":
+		return true
+	}
+	return false
+}
+
+// general reads -s -d -i -o -p -f -c wherever they stand, and finds the target.
+func (p *ruleParser) general() error {
+	p.target = -1
+	var seen [6]bool
+	for want := range general {
+		for i := 0; i < len(p.tokens); i++ {
+			word := string(p.tokens[i].text)
+			switch word {
+			case "--comment", "--log-prefix", "--nflog-prefix":
+				i++ // its value may look like an option
+				continue
+			case "-j", "--jump", "-g", "--goto":
+				if p.target >= 0 && p.target != i {
+					return errors.New("two targets")
+				}
+				p.target = i
+				continue
+			case "--src":
+				word = "--source"
+			case "--dst":
+				word = "--destination"
+			case "--proto":
+				word = "--protocol"
+			}
+			if word != general[want].short && word != general[want].long {
+				continue
+			}
+			if seen[want] {
+				return fmt.Errorf("option %s stands twice", word)
+			}
+			seen[want] = true
+			if err := p.generalOption(general[want].kind, i); err != nil {
+				return fmt.Errorf("option %s: %w", word, err)
+			}
+		}
+	}
+	return p.listedCounter()
+}
+
+// listedCounter reads the "-c packets bytes" that iptables -v -S puts into a rule.
+func (p *ruleParser) listedCounter() error {
+	for i := range p.tokens {
+		if w := string(p.tokens[i].text); w != "-c" && w != "--set-counters" {
+			continue
+		}
+		if i+2 >= len(p.tokens) {
+			return errors.New("-c needs two numbers")
+		}
+		packets, ok1 := parseUint(p.tokens[i+1].text)
+		size, ok2 := parseUint(p.tokens[i+2].text)
+		if !ok1 || !ok2 {
+			return errors.New("-c needs two numbers")
+		}
+		p.counter = &netfilter.Counter{Packets: packets, Bytes: size}
+		return nil
+	}
+	return nil
+}
+
+func (p *ruleParser) generalOption(kind netfilter.Kind, i int) error {
+	var flags uint8
+	if i > 0 && string(p.tokens[i-1].text) == "!" {
+		flags = netfilter.Not
+	}
+	if kind == netfilter.Fragment {
+		p.chain.Add(netfilter.Expr{Kind: kind, Flags: flags})
+		return nil
+	}
+	if i+1 >= len(p.tokens) {
+		return errors.New("its value is missing")
+	}
+	value := p.tokens[i+1].text
+	switch kind {
+	case netfilter.Source, netfilter.Destination:
+		addr, mask, err := parsePrefix(value, p.table.Family)
+		if err != nil {
+			return err
+		}
+		if mask.IsUnspecified() && flags == 0 {
+			return nil // every address: iptables-save does not print it either
+		}
+		return p.chain.AddPrefix(kind, flags, addr, mask)
+	case netfilter.InInterface, netfilter.OutInterface:
+		p.chain.AddText(kind, flags, 0, value)
+	case netfilter.ProtocolIs:
+		p.protocol = strings.ToLower(string(value))
+		if p.protocol == "all" || p.protocol == "0" {
+			return nil
+		}
+		n, ok := protocols[p.protocol]
+		if !ok {
+			v, err := strconv.ParseUint(p.protocol, 10, 8)
+			if err != nil {
+				return fmt.Errorf("unknown protocol %q", value)
+			}
+			n = uint8(v)
+			p.protocol = protocolNames[uint32(n)]
+		}
+		p.chain.Add(netfilter.Expr{Kind: kind, Flags: flags, A: uint32(n)})
+	}
+	return nil
+}
+
+// parsePrefix reads ADDRESS, ADDRESS/BITS or ADDRESS/MASK.
+func parsePrefix(value []byte, f netfilter.Family) (addr, mask netip.Addr, err error) {
+	host, bits, hasMask := bytes.Cut(value, []byte("/"))
+	if addr, err = netip.ParseAddr(string(host)); err != nil {
+		return addr, mask, fmt.Errorf("%q is not an address", value)
+	}
+	if netfilter.FamilyOf(addr) != f {
+		return addr, mask, fmt.Errorf("address %s in a table of %v", value, f)
+	}
+	ones := addr.BitLen()
+	if hasMask {
+		if mask, err = netip.ParseAddr(string(bits)); err == nil && mask.BitLen() == addr.BitLen() {
+			return addr, mask, nil
+		}
+		n, ok := parseUint(bits)
+		if !ok || n > uint64(addr.BitLen()) {
+			return addr, mask, fmt.Errorf("%q is not a prefix", value)
+		}
+		ones = int(n)
+	}
+	full := netip.AddrFrom4([4]byte{255, 255, 255, 255})
+	if f == netfilter.IPv6 {
+		full = netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")
+	}
+	m, err := full.Prefix(ones)
+	return addr, m.Addr(), err
+}
+
+// modules reads every "-m NAME options…", and the options of the protocol's
+// own module where "-p NAME" alone stands for it.
+func (p *ruleParser) modules() error {
+	for i := 0; i < len(p.tokens); {
+		word := string(p.tokens[i].text)
+		switch {
+		case word == "-m" || word == "--match":
+			if i+1 >= len(p.tokens) {
+				return errors.New("-m needs a name")
+			}
+			end := p.extent(i + 2)
+			p.module(string(p.tokens[i+1].text), i, p.tokens[i+2:end], p.tokens[end-1].end)
+			i = end
+		case i == p.target:
+			i = p.extent(i + 2)
+		case word == "-f" || word == "--fragment":
+			i++
+		case word == "-c" || word == "--set-counters":
+			i += 3
+		case word == "!" && i+1 < len(p.tokens) && isGeneral(p.tokens[i+1].text):
+			i++
+		case isGeneral(p.tokens[i].text):
+			i += 2
+		case p.protocol != "" && (word == "!" || strings.HasPrefix(word, "--")):
+			end := p.extent(i)
+			if !p.ports(p.protocol, options(p.tokens[i:end])) {
+				return fmt.Errorf("unknown option %q", word)
+			}
+			i = end
+		default:
+			return fmt.Errorf("unknown option %q", word)
+		}
+	}
+	return nil
+}
+
+// extent returns the index behind the options of a module that begin at i.
+func (p *ruleParser) extent(i int) int {
+	for ; i < len(p.tokens); i++ {
+		word := p.tokens[i].text
+		if string(word) == "--comment" || string(word) == "--log-prefix" || string(word) == "--nflog-prefix" {
+			i++
+			continue
+		}
+		if isGeneral(word) || string(word) == "!" && i+1 < len(p.tokens) && isGeneral(p.tokens[i+1].text) {
+			return i
+		}
+	}
+	return len(p.tokens)
+}
+
+// option is "[!] --name value…".
+type option struct {
+	not    bool
+	name   string
+	values [][]byte
+}
+
+func (o option) flags() uint8 {
+	if o.not {
+		return netfilter.Not
+	}
+	return 0
+}
+
+// value returns the only value of the option, nil when there is not just one.
+func (o option) value() []byte {
+	if len(o.values) != 1 {
+		return nil
+	}
+	return o.values[0]
+}
+
+func options(tokens []token) []option {
+	var out []option
+	not := false
+	for _, t := range tokens {
+		switch {
+		case string(t.text) == "!":
+			not = true
+		case bytes.HasPrefix(t.text, []byte("--")) && (len(out) == 0 || not || out[len(out)-1].name != "--comment" || len(out[len(out)-1].values) > 0):
+			out = append(out, option{not: not, name: string(t.text)})
+			not = false
+		case len(out) > 0:
+			out[len(out)-1].values = append(out[len(out)-1].values, t.text)
+		default:
+			out = append(out, option{name: string(t.text)})
+		}
+	}
+	return out
+}
+
+// module reads one module. What it does not fully understand becomes one
+// Unknown expression: half a match is worse than none.
+func (p *ruleParser) module(name string, first int, tokens []token, end int) {
+	start := p.chain.Mark()
+	raw := p.line[p.tokens[first].start:end]
+	if !p.known(name, options(tokens), raw) {
+		p.chain.Undo(start)
+		p.chain.AddText(netfilter.Unknown, 0, 0, raw)
+	}
+}
+
+// known adds the expressions of a module, and reports whether it understood
+// each of its options.
+func (p *ruleParser) known(name string, opts []option, raw []byte) bool {
+	switch name {
+	case "tcp", "udp", "sctp", "udplite", "dccp":
+		if len(opts) == 0 && name == p.protocol {
+			p.chain.AddText(netfilter.Always, 0, 0, raw)
+			return true
+		}
+		return p.ports(name, opts)
+	case "comment":
+		if len(opts) != 1 || opts[0].name != "--comment" || len(opts[0].values) != 1 {
+			return false
+		}
+		p.chain.AddText(netfilter.Comment, 0, 0, opts[0].value())
+		return true
+	case "nfacct":
+		p.chain.AddText(netfilter.Always, 0, 0, raw)
+		return true
+	case "rpfilter":
+		var flags uint8
+		for _, o := range opts {
+			if o.name == "--invert" {
+				flags = netfilter.Not
+			}
+		}
+		p.chain.AddText(netfilter.Always, flags, 0, raw)
+		return true
+	case "statistic":
+		return p.statistic(opts)
+	case "addrtype":
+		return p.each(opts, p.addrType)
+	case "mark", "connmark":
+		return p.each(opts, func(o option, flags uint8) bool { return p.mark(name, o, flags) })
+	case "conntrack", "state":
+		return p.each(opts, func(o option, flags uint8) bool { return p.ctState(name, o, flags) })
+	case "multiport":
+		return p.each(opts, p.multiport)
+	case "iprange":
+		return p.each(opts, p.addrRange)
+	case "physdev":
+		if len(opts) != 1 || opts[0].name != "--physdev-is-in" {
+			return false
+		}
+		p.chain.Add(netfilter.Expr{Kind: netfilter.BridgePort, Flags: opts[0].flags()})
+		return true
+	case "recent":
+		return p.recent(opts, raw)
+	}
+	return false
+}
+
+// each adds one expression per option; all but the first are joined to the
+// one before.
+func (p *ruleParser) each(opts []option, add func(o option, flags uint8) bool) bool {
+	for i, o := range opts {
+		flags := o.flags()
+		if i > 0 {
+			flags |= netfilter.Joined
+		}
+		if !add(o, flags) {
+			return false
+		}
+	}
+	return len(opts) > 0
+}
+
+// ports reads the options of tcp, udp and their like.
+func (p *ruleParser) ports(protocol string, opts []option) bool {
+	if p.protocol != protocol {
+		return false
+	}
+	return p.each(opts, func(o option, flags uint8) bool {
+		kind := netfilter.DestinationPort
+		switch o.name {
+		case "--sport", "--source-port":
+			kind = netfilter.SourcePort
+		case "--dport", "--destination-port":
+		case "--tcp-flags":
+			return protocol == "tcp" && p.tcpFlags(o, flags)
+		case "--syn":
+			if protocol != "tcp" || len(o.values) != 0 {
+				return false
+			}
+			p.chain.Add(netfilter.Expr{Kind: netfilter.TCPFlags, Flags: flags, A: synMask, B: synFlag})
+			return true
+		default:
+			return false
+		}
+		lo, hi, ok := parsePorts(o.value())
+		p.chain.Add(netfilter.Expr{Kind: kind, Flags: flags, A: lo, B: hi})
+		return ok
+	})
+}
+
+// What --syn stands for: of FIN, SYN, RST and ACK, only SYN.
+const (
+	synFlag = 1 << 1
+	synMask = 1<<0 | 1<<1 | 1<<2 | 1<<4
+)
+
+func (p *ruleParser) tcpFlags(o option, flags uint8) bool {
+	if len(o.values) != 2 {
+		return false
+	}
+	mask, ok1 := parseNames(o.values[0], tcpFlags)
+	comp, ok2 := parseNames(o.values[1], tcpFlags)
+	p.chain.Add(netfilter.Expr{Kind: netfilter.TCPFlags, Flags: flags, A: mask, B: comp})
+	return ok1 && ok2
+}
+
+// parsePorts reads PORT, FROM:TO, FROM: or :TO.
+func parsePorts(b []byte) (lo, hi uint32, ok bool) {
+	if len(b) == 0 {
+		return 0, 0, false
+	}
+	from, to, isRange := bytes.Cut(b, []byte(":"))
+	hi = 65535
+	if len(from) > 0 {
+		n, ok := parseUint(from)
+		if !ok || n > 65535 {
+			return 0, 0, false
+		}
+		lo = uint32(n)
+	}
+	if !isRange {
+		return lo, lo, true
+	}
+	if len(to) > 0 {
+		n, ok := parseUint(to)
+		if !ok || n > 65535 {
+			return 0, 0, false
+		}
+		hi = uint32(n)
+	}
+	return lo, hi, true
+}
+
+// parseNames reads a comma list of names as bits; "ALL" and "NONE" are all and
+// none of them.
+func parseNames(list []byte, names []string) (bits uint32, ok bool) {
+	for name := range bytes.SplitSeq(list, []byte(",")) {
+		switch string(name) {
+		case "ALL":
+			bits |= 1<<len(names) - 1
+			continue
+		case "NONE":
+			continue
+		}
+		found := false
+		for i, n := range names {
+			if n == string(name) {
+				bits |= 1 << i
+				found = true
+			}
+		}
+		if !found {
+			return 0, false
+		}
+	}
+	return bits, true
+}
+
+func (p *ruleParser) statistic(opts []option) bool {
+	if len(opts) < 2 || opts[0].name != "--mode" || opts[0].not {
+		return false
+	}
+	o := opts[1]
+	switch string(opts[0].value()) {
+	case "random":
+		if len(opts) != 2 || o.name != "--probability" {
+			return false
+		}
+		parts, ok := parseProbability(o.value())
+		p.chain.Add(netfilter.Expr{Kind: netfilter.Random, Flags: o.flags(), A: parts})
+		return ok
+	case "nth":
+		if o.name != "--every" {
+			return false
+		}
+		every, ok := parseUint(o.value())
+		var packet uint64
+		for _, more := range opts[2:] {
+			if more.name != "--packet" || !ok {
+				return false
+			}
+			packet, ok = parseUint(more.value())
+		}
+		if !ok || every == 0 || every > math.MaxUint32 || packet >= every {
+			return false
+		}
+		p.chain.Add(netfilter.Expr{Kind: netfilter.Nth, Flags: o.flags(), A: uint32(every), B: uint32(packet)})
+		return true
+	}
+	return false
+}
+
+// parseProbability returns what the kernel stores for a printed probability:
+// the nearest multiple of 2^-31, counted in that unit (libxt_statistic.c). The
+// eleven digits that iptables-save prints give back the stored number exactly.
+func parseProbability(b []byte) (parts uint32, ok bool) {
+	f, err := strconv.ParseFloat(string(b), 64)
+	if err != nil || f < 0 || f > 1 {
+		return 0, false
+	}
+	return uint32(math.Round(f * (1 << 31))), true
+}
+
+func (p *ruleParser) addrType(o option, flags uint8) bool {
+	kind := netfilter.SourceType
+	if o.name == "--dst-type" {
+		kind = netfilter.DestinationType
+	} else if o.name != "--src-type" {
+		return false
+	}
+	bits, ok := parseNames(o.value(), addrTypes)
+	p.chain.Add(netfilter.Expr{Kind: kind, Flags: flags, A: bits})
+	return ok
+}
+
+func (p *ruleParser) mark(module string, o option, flags uint8) bool {
+	if o.name != "--mark" {
+		return false
+	}
+	kind := netfilter.MarkIs
+	if module == "connmark" {
+		kind = netfilter.ConnMarkIs
+	}
+	value, mask, ok := parseMark(o.value())
+	p.chain.Add(netfilter.Expr{Kind: kind, Flags: flags, A: value, B: mask})
+	return ok
+}
+
+// parseMark reads VALUE or VALUE/MASK in C's number forms.
+func parseMark(b []byte) (value, mask uint32, ok bool) {
+	first, second, hasMask := strings.Cut(string(b), "/")
+	v, err := strconv.ParseUint(first, 0, 32)
+	if err != nil {
+		return 0, 0, false
+	}
+	m := uint64(math.MaxUint32)
+	if hasMask {
+		if m, err = strconv.ParseUint(second, 0, 32); err != nil {
+			return 0, 0, false
+		}
+	}
+	return uint32(v), uint32(m), true
+}
+
+func (p *ruleParser) ctState(module string, o option, flags uint8) bool {
+	e := netfilter.Expr{Kind: netfilter.CTState, Flags: flags}
+	switch {
+	case module == "conntrack" && o.name == "--ctstate":
+	case module == "state" && o.name == "--state":
+		e.N = 1
+	default:
+		return false
+	}
+	var ok bool
+	e.A, ok = parseNames(o.value(), ctStates)
+	p.chain.Add(e)
+	return ok
+}
+
+func (p *ruleParser) multiport(o option, flags uint8) bool {
+	var which uint16
+	switch o.name {
+	case "--sports", "--source-ports":
+		which = netfilter.MultiportSource
+	case "--dports", "--destination-ports":
+		which = netfilter.MultiportDestination
+	case "--ports":
+		which = netfilter.MultiportEither
+	default:
+		return false
+	}
+	for part := range bytes.SplitSeq(o.value(), []byte(",")) {
+		if _, _, ok := parsePorts(part); !ok {
+			return false
+		}
+	}
+	p.chain.AddText(netfilter.Multiport, flags, which, o.value())
+	return true
+}
+
+func (p *ruleParser) addrRange(o option, flags uint8) bool {
+	var which uint16
+	switch o.name {
+	case "--src-range":
+	case "--dst-range":
+		which = 1
+	default:
+		return false
+	}
+	from, to, ok := strings.Cut(string(o.value()), "-")
+	if !ok {
+		to = from
+	}
+	a, err1 := netip.ParseAddr(from)
+	b, err2 := netip.ParseAddr(to)
+	if err1 != nil || err2 != nil || netfilter.FamilyOf(a) != p.table.Family || netfilter.FamilyOf(b) != p.table.Family {
+		return false
+	}
+	p.chain.AddText(netfilter.AddrRange, flags, which, []byte(from+"-"+to))
+	return true
+}
+
+func (p *ruleParser) recent(opts []option, raw []byte) bool {
+	var does uint16
+	var flags uint8
+	for _, o := range opts {
+		switch o.name {
+		case "--set":
+			does |= netfilter.RecentSet
+		case "--rcheck":
+			does |= netfilter.RecentCheck
+		case "--update":
+			does |= netfilter.RecentUpdate
+		case "--remove":
+			does |= netfilter.RecentRemove
+		case "--seconds", "--reap", "--name", "--mask", "--rsource", "--rdest", "--hitcount", "--rttl":
+			continue
+		default:
+			return false
+		}
+		flags = o.flags()
+	}
+	if does == 0 || does&(does-1) != 0 {
+		return false
+	}
+	p.chain.AddText(netfilter.Recent, flags, does, raw)
+	return true
+}
+
+// verdict reads the target.
+func (p *ruleParser) verdict() error {
+	if p.target+1 >= len(p.tokens) {
+		return errors.New("-j needs a target")
+	}
+	name := string(p.tokens[p.target+1].text)
+	end := p.extent(p.target + 2)
+	words := p.tokens[p.target+2 : end]
+	if w := string(p.tokens[p.target].text); w == "-g" || w == "--goto" {
+		p.chain.Add(netfilter.Expr{Kind: netfilter.Goto, A: uint32(p.table.ID(name))})
+		return nil
+	}
+	// raw is "NAME options", rest the options alone.
+	raw := p.line[p.tokens[p.target+1].start:p.tokens[end-1].end]
+	rest := bytes.TrimLeft(raw[p.tokens[p.target+1].end-p.tokens[p.target+1].start:], " ")
+	if p.table.Lookup(name) == nil {
+		switch name {
+		case "ACCEPT":
+			p.chain.Add(netfilter.Expr{Kind: netfilter.Accept})
+			return nil
+		case "DROP":
+			p.chain.Add(netfilter.Expr{Kind: netfilter.Drop})
+			return nil
+		case "RETURN":
+			p.chain.Add(netfilter.Expr{Kind: netfilter.Return})
+			return nil
+		case "QUEUE", "NFQUEUE":
+			p.chain.AddText(netfilter.Queue, 0, 0, raw)
+			return nil
+		case "REJECT":
+			p.chain.AddText(netfilter.Reject, 0, 0, rest)
+			return nil
+		case "SNAT":
+			p.chain.AddText(netfilter.SNAT, 0, 0, rest)
+			return nil
+		case "MASQUERADE":
+			p.chain.AddText(netfilter.Masquerade, 0, 0, rest)
+			return nil
+		case "DNAT":
+			return p.dnat(options(words), rest)
+		case "REDIRECT":
+			return p.redirect(options(words), rest)
+		case "MARK", "CONNMARK":
+			if !p.setMark(name, options(words)) {
+				p.chain.AddText(netfilter.UnknownTarget, 0, 0, raw)
+			}
+			return nil
+		case "NOTRACK":
+			p.chain.AddText(netfilter.NoTrack, 0, 0, raw)
+			return nil
+		case "CT":
+			if bytes.Contains(rest, []byte("--notrack")) {
+				p.chain.AddText(netfilter.NoTrack, 0, 0, raw)
+				return nil
+			}
+		}
+		if noEffect[name] {
+			p.chain.AddText(netfilter.NoEffect, 0, 0, raw)
+			return nil
+		}
+		if unknownTargets[name] || len(words) > 0 {
+			p.chain.AddText(netfilter.UnknownTarget, 0, 0, raw)
+			return nil
+		}
+	}
+	if len(words) > 0 {
+		return fmt.Errorf("unknown option %q behind the jump to %q", words[0].text, name)
+	}
+	p.chain.Add(netfilter.Expr{Kind: netfilter.Jump, A: uint32(p.table.ID(name))})
+	return nil
+}
+
+func (p *ruleParser) dnat(opts []option, rest []byte) error {
+	if len(opts) == 0 || opts[0].name != "--to-destination" {
+		return errors.New("DNAT needs --to-destination")
+	}
+	to, ok := parseTarget(string(opts[0].value()))
+	if !ok || len(opts) > 1 {
+		p.chain.AddText(netfilter.DNATRange, 0, 0, rest)
+		return nil
+	}
+	if err := p.chain.AddDNAT(to); err != nil {
+		return fmt.Errorf("DNAT: %w", err)
+	}
+	return nil
+}
+
+// parseTarget reads ADDRESS, ADDRESS:PORT, [ADDRESS]:PORT or :PORT; it refuses
+// ranges.
+func parseTarget(s string) (netip.AddrPort, bool) {
+	if ap, err := netip.ParseAddrPort(s); err == nil {
+		return ap, ap.Port() != 0
+	}
+	if a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]")); err == nil {
+		return netip.AddrPortFrom(a, 0), true
+	}
+	if port, ok := strings.CutPrefix(s, ":"); ok {
+		n, err := strconv.ParseUint(port, 10, 16)
+		return netip.AddrPortFrom(netip.Addr{}, uint16(n)), err == nil && n != 0
+	}
+	return netip.AddrPort{}, false
+}
+
+func (p *ruleParser) redirect(opts []option, rest []byte) error {
+	var port uint64
+	for _, o := range opts {
+		if o.name != "--to-ports" {
+			continue
+		}
+		var ok bool
+		if port, ok = parseUint(o.value()); !ok || port > 65535 {
+			// A range: which port it will be cannot be told.
+			p.chain.AddText(netfilter.DNATRange, 0, 1, rest)
+			return nil
+		}
+	}
+	p.chain.AddText(netfilter.Redirect, 0, uint16(port), rest)
+	return nil
+}
+
+// setMark reads the options of MARK and CONNMARK.
+func (p *ruleParser) setMark(target string, opts []option) bool {
+	if len(opts) == 0 {
+		return false
+	}
+	set := netfilter.SetMark
+	if target == "CONNMARK" {
+		set = netfilter.SetConnMark
+	}
+	first := opts[0]
+	if first.name == "--save-mark" || first.name == "--restore-mark" {
+		return target == "CONNMARK" && p.copyMark(opts)
+	}
+	value, mask, ok := parseMark(first.value())
+	if !ok || len(opts) > 1 {
+		return false
+	}
+	switch first.name {
+	case "--set-xmark":
+	case "--set-mark":
+		mask |= value
+	case "--or-mark":
+		mask = value
+	case "--and-mark":
+		value, mask = 0, ^value
+	case "--xor-mark":
+		mask = 0
+	default:
+		return false
+	}
+	p.chain.Add(netfilter.Expr{Kind: set, A: value, B: mask})
+	return true
+}
+
+func (p *ruleParser) copyMark(opts []option) bool {
+	e := netfilter.Expr{Kind: netfilter.SaveMark, A: math.MaxUint32, B: math.MaxUint32}
+	if opts[0].name == "--restore-mark" {
+		e.Kind = netfilter.RestoreMark
+	}
+	for _, o := range opts[1:] {
+		mask, _, ok := parseMark(o.value())
+		switch o.name {
+		case "--nfmask":
+			e.A = mask
+		case "--ctmask":
+			e.B = mask
+		case "--mask":
+			e.A, e.B = mask, mask
+		default:
+			return false
+		}
+		if !ok {
+			return false
+		}
+	}
+	p.chain.Add(e)
+	return true
+}

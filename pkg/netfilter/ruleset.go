@@ -1,0 +1,400 @@
+package netfilter
+
+import (
+	"encoding/binary"
+	"fmt"
+	mathbits "math/bits"
+	"net/netip"
+	"sort"
+)
+
+// Backend is the kernel subsystem, and the layout in it, that a table stands in.
+type Backend string
+
+// The backends.
+const (
+	BackendLegacy Backend = "iptables-legacy" // xtables: getsockopt
+	BackendNFT    Backend = "iptables-nft"    // nf_tables, written by iptables-nft
+)
+
+// Ruleset is everything that was read of a node's netfilter, or of dumps of
+// it, at one moment.
+type Ruleset struct {
+	// Tables stand in the order in which they were read. Of two nat tables of
+	// one family at the same hook priority, the first in this order is walked
+	// first.
+	Tables []*Table
+	// Unreadable are the tables that exist but could not be read. No answer
+	// about them is ever "no rules".
+	Unreadable []Unreadable
+}
+
+// Unreadable is a table that exists but whose rules the reader cannot tell.
+type Unreadable struct {
+	Family Family
+	Table  string
+	Reason string // for people: what happened, where, and what to do
+}
+
+// Table returns the first table of that family and name, or nil.
+func (rs *Ruleset) Table(f Family, name string) *Table {
+	for _, t := range rs.Tables {
+		if t.Family == f && t.Name == name {
+			return t
+		}
+	}
+	return nil
+}
+
+// RuleCount returns the number of rules of all tables.
+func (rs *Ruleset) RuleCount() int {
+	n := 0
+	for _, t := range rs.Tables {
+		n += t.RuleCount()
+	}
+	return n
+}
+
+// BaseChain is a chain that hangs on a hook.
+type BaseChain struct {
+	*Chain
+	Table *Table
+}
+
+// BaseChains returns the chains of the family that hang on the hook, in the
+// order in which a packet meets them: by priority, then as the tables stand.
+func (rs *Ruleset) BaseChains(f Family, h Hook) []BaseChain {
+	var out []BaseChain
+	for _, t := range rs.Tables {
+		if t.Family != f {
+			continue
+		}
+		for _, c := range t.Chains() {
+			if c.Base != nil && c.Base.Hook == h {
+				out = append(out, BaseChain{c, t})
+			}
+		}
+	}
+	sort.SliceStable(out, func(i, j int) bool { return out[i].Base.Priority < out[j].Base.Priority })
+	return out
+}
+
+// ChainID is the number of a chain's name within its table. A name has one as
+// soon as a rule jumps to it, whether the chain exists or not.
+type ChainID uint32
+
+// Table is one table of one family: its chains, by name and number.
+type Table struct {
+	Family  Family
+	Name    string
+	Backend Backend
+
+	ids    map[string]ChainID
+	names  []string
+	chains []*Chain  // by id; nil when only jumps name it
+	order  []ChainID // as the chains were declared
+}
+
+// NewTable returns an empty table.
+func NewTable(f Family, name string, b Backend) *Table {
+	return &Table{Family: f, Name: name, Backend: b, ids: make(map[string]ChainID)}
+}
+
+// ID returns the number of a chain's name, giving it one if need be.
+func (t *Table) ID(name string) ChainID {
+	if id, ok := t.ids[name]; ok {
+		return id
+	}
+	id := ChainID(len(t.names))
+	t.ids[name] = id
+	t.names = append(t.names, name)
+	t.chains = append(t.chains, nil)
+	return id
+}
+
+// ChainName returns the name that has the number.
+func (t *Table) ChainName(id ChainID) string { return t.names[id] }
+
+// ByID returns the chain of that number; nil means that rules jump to it but
+// that it is not there.
+func (t *Table) ByID(id ChainID) *Chain { return t.chains[id] }
+
+// Lookup returns the chain of that name, or nil.
+func (t *Table) Lookup(name string) *Chain {
+	if id, ok := t.ids[name]; ok {
+		return t.chains[id]
+	}
+	return nil
+}
+
+// Declare returns the chain of that name, making it if need be.
+func (t *Table) Declare(name string) *Chain {
+	id := t.ID(name)
+	if t.chains[id] == nil {
+		t.chains[id] = &Chain{Name: t.names[id], ID: id, family: t.Family}
+		t.order = append(t.order, id)
+	}
+	return t.chains[id]
+}
+
+// Chains returns the chains in the order of their declaration.
+func (t *Table) Chains() []*Chain {
+	out := make([]*Chain, len(t.order))
+	for i, id := range t.order {
+		out[i] = t.chains[id]
+	}
+	return out
+}
+
+// NameCount returns how many chain names have a number: a slice of this length
+// can be indexed by any [ChainID] of the table.
+func (t *Table) NameCount() int { return len(t.names) }
+
+// RuleCount returns the number of rules of the table.
+func (t *Table) RuleCount() int {
+	n := 0
+	for _, id := range t.order {
+		n += t.chains[id].Len()
+	}
+	return n
+}
+
+// ChainType is what a base chain may do (struct nft_chain_type).
+type ChainType uint8
+
+// The chain types. A nat chain is asked once per connection.
+const (
+	TypeFilter ChainType = iota
+	TypeNAT
+)
+
+// Base is what ties a chain to a hook.
+type Base struct {
+	Hook     Hook
+	Priority int // lower runs first (enum nf_ip_hook_priorities)
+	Type     ChainType
+	Policy   Kind // Accept or Drop: what happens to a packet at the chain's end
+	// Counter counts the packets that met the policy.
+	Counter Counter
+}
+
+// Counter counts what matched a rule since it was written.
+type Counter struct {
+	Packets, Bytes uint64
+}
+
+// Chain is a list of rules. Readers build it with [Chain.Add] and [Chain.End];
+// after its table is published it does not change.
+type Chain struct {
+	Name string
+	ID   ChainID
+	Base *Base // nil for a chain that only jumps enter
+
+	family Family
+	starts []uint32 // start of each rule in exprs
+	exprs  []Expr
+	text   []byte    // pool of the texts that exprs point to
+	wide   []address // pool of IPv6 addresses and masks
+	counts []Counter // one per rule, or nil when the source has none
+	open   uint32    // start of the rule that Add is building
+}
+
+type address struct{ addr, mask netip.Addr }
+
+// Len returns the number of rules.
+func (c *Chain) Len() int { return len(c.starts) }
+
+// Rule returns the expressions of the i-th rule, counted from 0. The slice
+// belongs to the chain.
+func (c *Chain) Rule(i int) []Expr {
+	end := len(c.exprs)
+	if i+1 < len(c.starts) {
+		end = int(c.starts[i+1])
+	}
+	return c.exprs[c.starts[i]:end]
+}
+
+// Counter returns the counter of the i-th rule, and false when the source has
+// no counters.
+func (c *Chain) Counter(i int) (Counter, bool) {
+	if c.counts == nil {
+		return Counter{}, false
+	}
+	return c.counts[i], true
+}
+
+// Text returns the text of an expression of this chain. The bytes belong to
+// the chain.
+func (c *Chain) Text(e Expr) []byte { return c.text[e.A : e.A+e.B] }
+
+// Comment returns the text of the first comment of the i-th rule, or "".
+func (c *Chain) Comment(i int) string {
+	for _, e := range c.Rule(i) {
+		if e.Kind == Comment {
+			return string(c.Text(e))
+		}
+	}
+	return ""
+}
+
+// Prefix returns address and mask of a Source or Destination. The mask may
+// have holes.
+func (c *Chain) Prefix(e Expr) (addr, mask netip.Addr) {
+	if c.family == IPv6 {
+		w := c.wide[e.A]
+		return w.addr, w.mask
+	}
+	return from4(e.A), from4(e.B)
+}
+
+// CIDR returns the prefix of a Source or Destination; ok is false when the
+// mask has holes.
+func (c *Chain) CIDR(e Expr) (p netip.Prefix, ok bool) {
+	addr, mask := c.Prefix(e)
+	bits := 0
+	for _, b := range mask.AsSlice() {
+		bits += mathbits.LeadingZeros8(^b)
+		if b != 0xff {
+			break
+		}
+	}
+	if solid, err := allOnes(mask.Is4()).Prefix(bits); err != nil || solid.Addr() != mask {
+		return netip.Prefix{}, false
+	}
+	return netip.PrefixFrom(addr, bits), true
+}
+
+// Contains reports whether an address lies in the range of a Source or
+// Destination, without regard to Not. An address of the other family does not.
+func (c *Chain) Contains(e Expr, a netip.Addr) bool {
+	if c.family == IPv4 {
+		return a.Is4() && to4(a)&e.B == e.A&e.B
+	}
+	if !a.Is6() {
+		return false
+	}
+	w := c.wide[e.A]
+	want, mask, got := w.addr.As16(), w.mask.As16(), a.As16()
+	for i := range got {
+		if (got[i]^want[i])&mask[i] != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// Target returns the address of a DNAT. Port 0 means that the port stays, an
+// invalid address that the address stays.
+func (c *Chain) Target(e Expr) netip.AddrPort {
+	if e.B == 0 {
+		return netip.AddrPortFrom(netip.Addr{}, e.N)
+	}
+	if c.family == IPv6 {
+		return netip.AddrPortFrom(c.wide[e.A].addr, e.N)
+	}
+	return netip.AddrPortFrom(from4(e.A), e.N)
+}
+
+// Add appends an expression to the rule under construction.
+func (c *Chain) Add(e Expr) { c.exprs = append(c.exprs, e) }
+
+// Mark returns a position in the rule under construction for [Chain.Undo].
+func (c *Chain) Mark() int { return len(c.exprs) }
+
+// Undo takes back the expressions added since the mark.
+func (c *Chain) Undo(mark int) { c.exprs = c.exprs[:mark] }
+
+// AddText appends an expression that carries a text.
+func (c *Chain) AddText(k Kind, flags uint8, n uint16, text []byte) {
+	// Rules of one chain mostly repeat their comment: store it once.
+	for i := len(c.exprs) - 1; i >= 0 && i >= len(c.exprs)-8; i-- {
+		if e := c.exprs[i]; hasText(e.Kind) && string(c.Text(e)) == string(text) {
+			c.Add(Expr{Kind: k, Flags: flags, N: n, A: e.A, B: e.B})
+			return
+		}
+	}
+	at := uint32(len(c.text))
+	c.text = append(c.text, text...)
+	c.Add(Expr{Kind: k, Flags: flags, N: n, A: at, B: uint32(len(text))})
+}
+
+// AddPrefix appends a Source or Destination. Both addresses must be of the
+// chain's family.
+func (c *Chain) AddPrefix(k Kind, flags uint8, addr, mask netip.Addr) error {
+	if FamilyOf(addr) != c.family || FamilyOf(mask) != c.family {
+		return fmt.Errorf("address %v is not %v", addr, c.family)
+	}
+	if c.family == IPv4 {
+		c.Add(Expr{Kind: k, Flags: flags, A: to4(addr), B: to4(mask)})
+		return nil
+	}
+	c.wide = append(c.wide, address{addr, mask})
+	c.Add(Expr{Kind: k, Flags: flags, A: uint32(len(c.wide) - 1)})
+	return nil
+}
+
+// AddDNAT appends a DNAT to one address (of the chain's family, or invalid
+// when only the port changes) and port (0 when only the address changes).
+func (c *Chain) AddDNAT(to netip.AddrPort) error {
+	e := Expr{Kind: DNAT, N: to.Port()}
+	if to.Addr().IsValid() {
+		if FamilyOf(to.Addr()) != c.family {
+			return fmt.Errorf("address %v is not %v", to.Addr(), c.family)
+		}
+		e.B = 1
+		if c.family == IPv4 {
+			e.A = to4(to.Addr())
+		} else {
+			c.wide = append(c.wide, address{addr: to.Addr()})
+			e.A = uint32(len(c.wide) - 1)
+		}
+	}
+	c.Add(e)
+	return nil
+}
+
+// End closes the rule under construction; counter is nil when the source has
+// no counters.
+func (c *Chain) End(counter *Counter) {
+	if counter != nil {
+		for len(c.counts) < len(c.starts) {
+			c.counts = append(c.counts, Counter{})
+		}
+		c.counts = append(c.counts, *counter)
+	} else if c.counts != nil {
+		c.counts = append(c.counts, Counter{})
+	}
+	c.starts = append(c.starts, c.open)
+	c.open = uint32(len(c.exprs))
+}
+
+func hasText(k Kind) bool {
+	switch k {
+	case InInterface, OutInterface, Multiport, AddrRange, Recent, Comment, Always, Unknown,
+		NoTrack, NoEffect, Queue, Reject, DNATRange, Redirect, SNAT, Masquerade, UnknownTarget:
+		return true
+	}
+	return false
+}
+
+func allOnes(is4 bool) netip.Addr {
+	if is4 {
+		return netip.AddrFrom4([4]byte{0xff, 0xff, 0xff, 0xff})
+	}
+	var b [16]byte
+	for i := range b {
+		b[i] = 0xff
+	}
+	return netip.AddrFrom16(b)
+}
+
+func to4(a netip.Addr) uint32 {
+	b := a.Unmap().As4()
+	return binary.BigEndian.Uint32(b[:])
+}
+
+func from4(v uint32) netip.Addr {
+	var b [4]byte
+	binary.BigEndian.PutUint32(b[:], v)
+	return netip.AddrFrom4(b)
+}
