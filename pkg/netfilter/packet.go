@@ -99,24 +99,3 @@ type Packet struct {
 	// In is the interface that it arrives on; empty when not known.
 	In string
 }
-
-// Node is what the rules may ask about the node itself.
-type Node struct {
-	// Local are the addresses of the node's own interfaces (routing type
-	// LOCAL). Loopback ranges count as local without being listed.
-	Local []netip.Addr
-}
-
-// IsLocal reports whether the routing table of the node calls the address
-// LOCAL: its own, or a loopback address.
-func (n *Node) IsLocal(a netip.Addr) bool {
-	if a.IsLoopback() {
-		return true
-	}
-	for _, l := range n.Local {
-		if l == a {
-			return true
-		}
-	}
-	return false
-}

@@ -1,0 +1,386 @@
+package chain
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// Code names a kind of finding; docs/findings.md explains each.
+type Code string
+
+// The findings that the rules alone give.
+const (
+	SharesUneven         Code = "SharesUneven"         // endpoints of one route get different shares
+	FallThrough          Code = "FallThrough"          // connections pass a Service's chains and reach no endpoint
+	RuleUnreachable      Code = "RuleUnreachable"      // an endpoint's rule stands behind one that takes everything
+	HookJumpMissing      Code = "HookJumpMissing"      // kube-proxy's chains are there, but the kernel never enters them
+	MasqueradeMissing    Code = "MasqueradeMissing"    // marked for masquerading, but it does not happen
+	ForeignRule          Code = "ForeignRule"          // a rule that kube-proxy does not write decides
+	NotTracked           Code = "NotTracked"           // taken out of conntrack, so that nat is never asked
+	BackendConflict      Code = "BackendConflict"      // both iptables backends hold Services
+	UnknownMatch         Code = "UnknownMatch"         // the answer depends on a match that cannot be decided
+	RulesUnreadable      Code = "RulesUnreadable"      // rules exist that cannot be read
+	ProxyModeUnsupported Code = "ProxyModeUnsupported" // Services are handled elsewhere than in these rules
+	ChainMissing         Code = "ChainMissing"         // a jump that the kernel would refuse
+	FrontendConflict     Code = "FrontendConflict"     // two Services on one address and port
+)
+
+// Severity grades a finding.
+type Severity string
+
+// The severities: errors cost connections, warnings may, infos explain.
+const (
+	Error   Severity = "error"
+	Warning Severity = "warning"
+	Info    Severity = "info"
+)
+
+// Finding is something odd in the rules, with the rules that show it.
+type Finding struct {
+	Code     Code
+	Severity Severity
+	Service  *ServicePort // nil when it is about the node
+	Message  string       // one sentence for people
+	Rules    []RuleRef
+}
+
+// facts are what the walks to one frontend saw, for findings.
+type facts struct {
+	fell      []fall
+	bypassed  []RuleRef // foreign rules that decided before the Service's own
+	untracked []RuleRef
+	unmarked  bool // marked for masquerading, but not masqueraded
+	broken    []RuleRef
+}
+
+// fall is a share that passed a Service's chains without an endpoint.
+type fall struct {
+	class Class
+	share Share
+}
+
+func (f *facts) add(v *View, class Class, worlds []world, r *run) {
+	for _, ref := range r.broken {
+		f.broken = appendNew(f.broken, ref)
+	}
+	if len(worlds) == 1 { // a finding must not hang on what could not be decided
+		f.addEnds(v, class, worlds[0].ends, r)
+	}
+}
+
+func (f *facts) addEnds(v *View, class Class, ends []end, r *run) {
+	var lost Share
+	for i := range ends {
+		s := &ends[i]
+		switch {
+		case s.has(notTracked):
+			f.untracked = appendNew(f.untracked, s.by)
+		case s.verdict == DNAT && r.watch != nil && !s.has(viaDispatch):
+			f.bypassed = appendNew(f.bypassed, s.by)
+		case s.verdict == DNAT && !s.has(masqueraded) && s.mark&r.family.masquerade != 0 && (class == Host || !v.node.isLocal(s.to.Addr())):
+			f.unmarked = true
+		case (s.verdict == None || s.verdict == Accept) && s.has(viaDispatch) && s.mark&r.family.drop == 0:
+			lost = lost.plus(s.share)
+		}
+	}
+	if !lost.IsZero() {
+		f.fell = append(f.fell, fall{class, lost})
+	}
+}
+
+func appendNew(list []RuleRef, ref RuleRef) []RuleRef {
+	if slices.Contains(list, ref) {
+		return list
+	}
+	return append(list, ref)
+}
+
+// find adds the findings to what was resolved.
+func (v *View) find(p *Programmed, d *discovery) {
+	node := &finder{view: v, out: &p.Findings}
+	node.unreadable()
+	node.backends()
+	node.hooks()
+	if len(p.Services) == 0 {
+		node.nothing()
+	}
+	at := map[ServicePort]*Service{}
+	for i := range p.Services {
+		s := &p.Services[i]
+		at[s.ServicePort] = s
+	}
+	byHash := map[string]*Service{}
+	for _, e := range d.entries {
+		s := at[e.service]
+		f := &finder{view: v, out: &s.Findings, service: &s.ServicePort}
+		f.frontend(e, node.missingHooks)
+		if e.target != nil {
+			if h := chainHash(e.target.Name); h != "" {
+				byHash[h] = s
+			}
+		}
+	}
+	for _, c := range d.clashes {
+		s := at[c.first.service]
+		f := &finder{view: v, out: &s.Findings, service: &s.ServicePort}
+		f.add(FrontendConflict, Warning, []RuleRef{c.first.rule, c.rule},
+			"%s is also a frontend of %s: the first rule wins, and which that is may change with every sync", frontendText(c.first.front), c.other)
+	}
+	v.scanChains(node, byHash)
+}
+
+// finder collects findings about one Service, or about the node.
+type finder struct {
+	view         *View
+	out          *[]Finding
+	service      *ServicePort
+	missingHooks map[Class]bool // classes whose packets never enter KUBE-SERVICES
+}
+
+func (f *finder) add(code Code, s Severity, rules []RuleRef, format string, args ...any) {
+	one := Finding{Code: code, Severity: s, Service: f.service, Message: fmt.Sprintf(format, args...), Rules: rules}
+	for _, other := range *f.out {
+		if other.Code == one.Code && other.Message == one.Message {
+			return
+		}
+	}
+	*f.out = append(*f.out, one)
+}
+
+func frontendText(f Frontend) string {
+	if f.Type == NodePort {
+		return fmt.Sprintf("NodePort %d", f.Port)
+	}
+	return fmt.Sprintf("%s %s", f.Type, netip.AddrPortFrom(f.Address, f.Port))
+}
+
+func percent(s Share) string { return fmt.Sprintf("%.4g %%", 100*s.Float64()) }
+
+// frontend judges the routes of one frontend.
+func (f *finder) frontend(e *entry, missing map[Class]bool) {
+	name := frontendText(e.front)
+	for _, l := range e.facts.fell {
+		if missing[l.class] {
+			continue
+		}
+		rules := []RuleRef{e.rule}
+		f.add(FallThrough, Error, rules, "%s: %s of new connections from %s pass %s without reaching an endpoint, and go on to the address of the Service itself",
+			name, percent(l.share), classText(l.class), targetName(e))
+	}
+	for _, r := range e.routes {
+		f.shares(name, r)
+		if len(r.Unknown) > 0 {
+			f.add(UnknownMatch, Warning, r.Unknown, "%s: where connections from %s go depends on a rule that cannot be decided", name, classTexts(r.From))
+		}
+	}
+	if len(e.facts.untracked) > 0 {
+		f.add(NotTracked, Info, e.facts.untracked, "%s: a rule takes these connections out of conntrack, so that no nat rule is asked and the shares on paper are never used", name)
+	}
+	if len(e.facts.bypassed) > 0 {
+		f.add(ForeignRule, Warning, e.facts.bypassed, "%s: a rule that is not the Service's own decides where connections go", name)
+	}
+	if e.facts.unmarked {
+		f.add(MasqueradeMissing, Error, []RuleRef{e.rule}, "%s: connections are marked for masquerading, but nat POSTROUTING does not masquerade them: answers may not find their way back", name)
+	}
+	if len(e.facts.broken) > 0 {
+		f.add(ChainMissing, Error, e.facts.broken, "%s: a jump leads to a chain that does not exist, or into a loop: no kernel holds such rules, so the dump is damaged", name)
+	}
+}
+
+func targetName(e *entry) string {
+	if e.target == nil {
+		return "the Service's chains"
+	}
+	return e.target.Name
+}
+
+func classText(c Class) string {
+	switch c {
+	case Pod:
+		return "pods"
+	case Host:
+		return "the node"
+	}
+	return "outside"
+}
+
+func classTexts(list []Class) string {
+	var out []string
+	for _, c := range list {
+		out = append(out, classText(c))
+	}
+	return strings.Join(out, ", ")
+}
+
+// shares judges whether the endpoints of a route get equal shares.
+func (f *finder) shares(name string, r Route) {
+	if len(r.Endpoints) < 2 || len(r.Unknown) > 0 {
+		return
+	}
+	low, high, sum := r.Endpoints[0], r.Endpoints[0], 0.0
+	for _, ep := range r.Endpoints {
+		if ep.Share.Cmp(low.Share) < 0 {
+			low = ep
+		}
+		if ep.Share.Cmp(high.Share) > 0 {
+			high = ep
+		}
+		sum += ep.Share.Float64()
+	}
+	mean := sum / float64(len(r.Endpoints))
+	if high.Share.Float64()-mean < tolerance && mean-low.Share.Float64() < tolerance {
+		return
+	}
+	f.add(SharesUneven, Warning, nil, "%s: of new connections from %s, %s gets %s and %s gets %s, where each of %d should get %.4g %%",
+		name, classTexts(r.From), high.Address, percent(high.Share), low.Address, percent(low.Share), len(r.Endpoints), 100*mean)
+}
+
+// unreadable reports tables that could not be read, and parts that are missing
+// from the ruleset.
+func (f *finder) unreadable() {
+	for _, u := range f.view.rules.Unreadable {
+		f.add(RulesUnreadable, Error, nil, "table %q of %v cannot be read: %s", u.Table, u.Family, u.Reason)
+	}
+	for _, fv := range f.view.family {
+		if fv == nil {
+			continue
+		}
+		if f.view.rules.Table(fv.family, "nat") != nil && f.view.rules.Table(fv.family, "filter") == nil {
+			f.add(RulesUnreadable, Warning, nil, "table \"filter\" of %v is not among these rules: Services without endpoints, and connections that are refused or dropped, cannot be seen", fv.family)
+		}
+		for t := range fv.indexes {
+			if c := t.Lookup("KUBE-FIREWALL"); t.Name == "filter" && c != nil {
+				f.suspectReader(t, c)
+			}
+		}
+	}
+}
+
+// suspectReader reports a KUBE-FIREWALL that drops everything: none of its
+// authors writes that, but an iptables-nft that is older than the one that
+// wrote the rule loses its matches when it prints it.
+func (f *finder) suspectReader(t *netfilter.Table, c *netfilter.Chain) {
+	for i := range c.Len() {
+		rule := c.Rule(i)
+		if len(rule) == 0 || rule[len(rule)-1].Kind != netfilter.Drop {
+			continue
+		}
+		if !slices.ContainsFunc(rule, func(e netfilter.Expr) bool { return e.IsMatch() && e.Kind != netfilter.Comment }) {
+			f.add(RulesUnreadable, Error, []RuleRef{{t, c, i}}, "KUBE-FIREWALL drops every packet: the iptables that printed this rule is probably older than the one that wrote it, and has lost its matches")
+		}
+	}
+}
+
+// backends reports two nat tables of one family that both hold Services.
+func (f *finder) backends() {
+	for _, fv := range f.view.family {
+		if fv == nil {
+			continue
+		}
+		var holders []RuleRef
+		var names []string
+		for _, t := range f.view.rules.Tables {
+			if c := t.Lookup("KUBE-SERVICES"); t.Family == fv.family && t.Name == "nat" && c != nil && c.Len() > 0 {
+				holders = append(holders, RuleRef{t, c, 0})
+				names = append(names, string(t.Backend))
+			}
+		}
+		if len(holders) > 1 {
+			f.add(BackendConflict, Error, holders, "%s both hold Services of %v: which is asked first depends on which was loaded last, and a stale one sends connections to endpoints that are gone", strings.Join(names, " and "), fv.family)
+		}
+	}
+}
+
+// hookJump is a jump that kube-proxy keeps from a built-in chain.
+type hookJump struct {
+	table string
+	hook  netfilter.Hook
+	chain string
+}
+
+// hookJumps are those jumps (iptablesJumpChains in
+// pkg/proxy/iptables/proxier.go). One is missed only where its chain has rules.
+var hookJumps = []hookJump{
+	{"nat", netfilter.Prerouting, "KUBE-SERVICES"},
+	{"nat", netfilter.Output, "KUBE-SERVICES"},
+	{"nat", netfilter.Postrouting, "KUBE-POSTROUTING"},
+	{"filter", netfilter.Forward, "KUBE-SERVICES"},
+	{"filter", netfilter.Output, "KUBE-SERVICES"},
+	{"filter", netfilter.Forward, "KUBE-EXTERNAL-SERVICES"},
+	{"filter", netfilter.Input, "KUBE-EXTERNAL-SERVICES"},
+	{"filter", netfilter.Forward, "KUBE-FORWARD"},
+	{"filter", netfilter.Input, "KUBE-NODEPORTS"},
+	{"filter", netfilter.Forward, "KUBE-PROXY-FIREWALL"},
+	{"filter", netfilter.Input, "KUBE-PROXY-FIREWALL"},
+	{"filter", netfilter.Output, "KUBE-PROXY-FIREWALL"},
+}
+
+// hooks reports chains of kube-proxy that hold rules but that a hook no longer
+// leads to. kube-proxy itself may not notice for hours.
+func (f *finder) hooks() {
+	f.missingHooks = map[Class]bool{}
+	for _, t := range f.view.rules.Tables {
+		reach := map[netfilter.Hook]map[netfilter.ChainID]bool{}
+		for _, j := range hookJumps {
+			c := t.Lookup(j.chain)
+			if t.Name != j.table || c == nil || c.Len() == 0 {
+				continue
+			}
+			if reach[j.hook] == nil {
+				reach[j.hook] = reachable(t, j.hook)
+			}
+			if reach[j.hook][c.ID] {
+				continue
+			}
+			who := map[netfilter.Hook]string{
+				netfilter.Prerouting: "pods and from outside", netfilter.Output: "the node itself", netfilter.Forward: "pods and from outside",
+				netfilter.Input: "outside to the node", netfilter.Postrouting: "anywhere",
+			}[j.hook]
+			f.add(HookJumpMissing, Error, nil, "table %q of %v: no rule leads from %v to %s, so its %d rules are not asked for connections from %s",
+				t.Name, t.Family, j.hook, j.chain, c.Len(), who)
+			if j.table == "nat" && j.chain == "KUBE-SERVICES" {
+				if j.hook == netfilter.Output {
+					f.missingHooks[Host] = true
+				} else {
+					f.missingHooks[Pod], f.missingHooks[External] = true, true
+				}
+			}
+		}
+	}
+}
+
+// reachable returns the chains of a table that jumps lead to from a hook.
+func reachable(t *netfilter.Table, h netfilter.Hook) map[netfilter.ChainID]bool {
+	seen := map[netfilter.ChainID]bool{}
+	var queue []*netfilter.Chain
+	for _, c := range t.Chains() {
+		if c.Base != nil && c.Base.Hook == h {
+			seen[c.ID] = true
+			queue = append(queue, c)
+		}
+	}
+	for len(queue) > 0 {
+		c := queue[0]
+		queue = queue[1:]
+		for i := range c.Len() {
+			rule := c.Rule(i)
+			if len(rule) == 0 {
+				continue
+			}
+			e := rule[len(rule)-1]
+			if e.Kind != netfilter.Jump && e.Kind != netfilter.Goto {
+				continue
+			}
+			id := netfilter.ChainID(e.A)
+			if next := t.ByID(id); next != nil && !seen[id] {
+				seen[id] = true
+				queue = append(queue, next)
+			}
+		}
+	}
+	return seen
+}

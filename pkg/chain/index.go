@@ -1,0 +1,123 @@
+package chain
+
+import (
+	"net/netip"
+
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// indexFrom is the length from which a chain is indexed: shorter ones are
+// walked rule by rule.
+const indexFrom = 24
+
+// index finds the rules of a long chain that a packet can match at all. A
+// chain such as KUBE-SERVICES has a rule or two per Service; without an index
+// the work for all Services would be quadratic.
+//
+// A rule that asks for one protocol and port, and maybe one address, hangs in
+// a list under that key; the others hang in the list wild. All lists are in
+// rule order, so that merging them gives the order of the chain.
+type index struct {
+	first map[key]int32 // first rule under the key
+	next  []int32       // next rule in the same list, -1 at its end
+	wild  int32
+}
+
+// key is what a rule asks for: zero address for any.
+type key struct {
+	addr     netip.Addr
+	port     uint16
+	protocol netfilter.Protocol
+}
+
+func newIndex(c *netfilter.Chain) *index {
+	if c.Len() < indexFrom {
+		return nil
+	}
+	x := &index{first: make(map[key]int32, c.Len()), next: make([]int32, c.Len()), wild: -1}
+	for i := c.Len() - 1; i >= 0; i-- {
+		k, ok := keyOf(c, c.Rule(i))
+		if !ok {
+			x.next[i], x.wild = x.wild, int32(i)
+			continue
+		}
+		x.next[i] = -1
+		if n, ok := x.first[k]; ok {
+			x.next[i] = n
+		}
+		x.first[k] = int32(i)
+	}
+	return x
+}
+
+// keyOf returns the key of a rule; ok is false for a rule that can match more
+// than one protocol or port.
+func keyOf(c *netfilter.Chain, rule []netfilter.Expr) (k key, ok bool) {
+	for _, e := range rule {
+		if e.Negated() {
+			continue
+		}
+		switch e.Kind {
+		case netfilter.ProtocolIs:
+			k.protocol = netfilter.Protocol(e.A)
+		case netfilter.DestinationPort:
+			if e.A == e.B {
+				k.port, ok = uint16(e.A), true
+			}
+		case netfilter.Destination:
+			if p, isCIDR := c.CIDR(e); isCIDR && p.IsSingleIP() {
+				k.addr = p.Addr()
+			}
+		}
+	}
+	return k, ok && k.protocol != 0
+}
+
+// cursor goes through the rules of a chain that a packet can match, in order.
+type cursor struct {
+	next    []int32
+	a, b, c int32 // heads of the lists still to go through, -1 for none
+	i, n    int32 // for a chain without an index
+}
+
+func (x *index) rules(c *netfilter.Chain, dst netip.Addr, p netfilter.Protocol, port uint16) cursor {
+	if x == nil {
+		return cursor{n: int32(c.Len())}
+	}
+	return cursor{
+		next: x.next, a: x.head(key{dst, port, p}), b: x.head(key{port: port, protocol: p}), c: x.wild,
+	}
+}
+
+func (x *index) head(k key) int32 {
+	if i, ok := x.first[k]; ok {
+		return i
+	}
+	return -1
+}
+
+// step returns the next rule, -1 behind the last.
+func (u *cursor) step() int {
+	if u.next == nil {
+		if u.i >= u.n {
+			return -1
+		}
+		u.i++
+		return int(u.i - 1)
+	}
+	list := &u.a
+	if before(u.b, *list) {
+		list = &u.b
+	}
+	if before(u.c, *list) {
+		list = &u.c
+	}
+	i := *list
+	if i >= 0 {
+		*list = u.next[i]
+	}
+	return int(i)
+}
+
+// before compares two rule numbers, of which -1 is behind all.
+func before(i, j int32) bool { return i >= 0 && (j < 0 || i < j) }

@@ -1,0 +1,596 @@
+package chain
+
+import (
+	"cmp"
+	"net/netip"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// tolerance is how far shares of equal endpoints lie apart at most: the kernel
+// keeps a probability as a multiple of 2^-31, and kube-proxy writes it with ten
+// digits, which together makes less than this for any number of endpoints.
+const tolerance = 4e-10
+
+// Programmed is what a ruleset makes of all Services.
+type Programmed struct {
+	Services []Service // by namespace, name, port name, protocol
+	Findings []Finding // about the node, not about one Service
+}
+
+// Service is one port of a Service, as the rules have it.
+type Service struct {
+	ServicePort
+	// AffinitySeconds is the timeout of ClientIP session affinity, 0 for none.
+	// The shares are those of a client that has no affinity yet.
+	AffinitySeconds int
+	Frontends       []Frontend
+	Findings        []Finding
+}
+
+// FrontendType tells what kind of address a frontend is.
+type FrontendType string
+
+// The frontend types.
+const (
+	ClusterIP    FrontendType = "ClusterIP"
+	NodePort     FrontendType = "NodePort"
+	LoadBalancer FrontendType = "LoadBalancer"
+	ExternalIP   FrontendType = "ExternalIP"
+)
+
+// Frontend is an address and port that a Service answers on.
+type Frontend struct {
+	Type    FrontendType
+	Family  netfilter.Family
+	Address netip.Addr // invalid for a NodePort
+	Port    uint16
+	// Accepted are the node's addresses on which a NodePort answers, when the
+	// rules name them one by one; empty for all local addresses.
+	Accepted []netip.Addr
+	// Routes say what becomes of connections. Source classes with the same
+	// answer share one; those for particular Sources come last.
+	Routes []Route
+}
+
+// Route is what becomes of connections from some sources.
+type Route struct {
+	From []Class
+	// Sources narrows the classes to those address ranges; empty for all
+	// sources that no other route of the class names.
+	Sources []netip.Prefix
+	Verdict RouteVerdict
+	// Masquerade says that the source becomes an address of the node. Where
+	// that is so for some endpoints only, each endpoint says it for itself.
+	Masquerade bool
+	Endpoints  []Endpoint // by address
+	// Undelivered is the share that reaches no endpoint.
+	Undelivered Share
+	// Unknown are the rules on which the answer depends and that could not be
+	// decided.
+	Unknown []RuleRef
+}
+
+// RouteVerdict sums up a route.
+type RouteVerdict string
+
+// The verdicts of a [Route]. Mixed means that connections fare differently and
+// that not all reach an endpoint.
+const (
+	RouteDNAT   RouteVerdict = "dnat"
+	RouteReject RouteVerdict = "reject"
+	RouteDrop   RouteVerdict = "drop"
+	RouteNone   RouteVerdict = "none"
+	RouteMixed  RouteVerdict = "mixed"
+)
+
+// Endpoint is one of the addresses that connections are sent to.
+type Endpoint struct {
+	Address    netip.AddrPort
+	Share, Max Share // at least, and at most; they differ only where Route.Unknown is not empty
+	Masquerade bool
+	Chain      string // of the rule that rewrites the destination
+}
+
+// entry is one frontend as found in the rules.
+type entry struct {
+	service ServicePort
+	front   Frontend
+	target  *netfilter.Chain // that the nat rule enters; nil when only filter names the frontend
+	rule    RuleRef
+	routes  []Route
+	// What the walks saw, for findings.
+	affinity int
+	facts    facts
+}
+
+// Services works out every Service of the ruleset.
+func (v *View) Services() *Programmed {
+	d := v.discover()
+	workers := min(runtime.GOMAXPROCS(0), max(1, len(d.entries)/64))
+	var wg sync.WaitGroup
+	for w := range workers {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			res := &resolver{view: v}
+			for i := w; i < len(d.entries); i += workers {
+				res.resolve(d.entries[i])
+			}
+		}()
+	}
+	wg.Wait()
+
+	p := &Programmed{}
+	slices.SortStableFunc(d.entries, func(a, b *entry) int {
+		return cmp.Or(
+			cmp.Compare(a.service.Namespace, b.service.Namespace), cmp.Compare(a.service.Name, b.service.Name),
+			cmp.Compare(a.service.Port, b.service.Port), cmp.Compare(a.service.Protocol, b.service.Protocol),
+			cmp.Compare(frontendOrder[a.front.Type], frontendOrder[b.front.Type]),
+			cmp.Compare(a.front.Family, b.front.Family), a.front.Address.Compare(b.front.Address),
+			cmp.Compare(a.front.Port, b.front.Port))
+	})
+	for _, e := range d.entries {
+		if n := len(p.Services); n == 0 || p.Services[n-1].ServicePort != e.service {
+			p.Services = append(p.Services, Service{ServicePort: e.service})
+		}
+		s := &p.Services[len(p.Services)-1]
+		e.front.Routes = e.routes
+		s.Frontends = append(s.Frontends, e.front)
+		s.AffinitySeconds = max(s.AffinitySeconds, e.affinity)
+	}
+	v.find(p, d)
+	return p
+}
+
+var frontendOrder = map[FrontendType]int{ClusterIP: 0, ExternalIP: 1, LoadBalancer: 2, NodePort: 3}
+
+// discovery is what the dispatch chains say.
+type discovery struct {
+	view    *View
+	entries []*entry
+	at      map[frontKey]*entry
+	names   map[string]ServicePort // by the hash in a chain's name
+	// accepted are the node addresses that KUBE-SERVICES sends to
+	// KUBE-NODEPORTS one by one.
+	accepted map[netfilter.Family][]netip.Addr
+	clashes  []clash
+}
+
+type frontKey struct {
+	family   netfilter.Family
+	addr     netip.Addr
+	port     uint16
+	protocol netfilter.Protocol
+}
+
+// clash is a second Service on the same address and port.
+type clash struct {
+	first *entry
+	rule  RuleRef
+	other ServicePort
+}
+
+// discover lists the frontends. Chains and comments only name things here;
+// what happens to a packet is the walk's to say.
+func (v *View) discover() *discovery {
+	d := &discovery{view: v, at: map[frontKey]*entry{}, names: map[string]ServicePort{}, accepted: map[netfilter.Family][]netip.Addr{}}
+	for _, t := range v.rules.Tables {
+		if t.Name != "nat" {
+			continue
+		}
+		for _, name := range []string{"KUBE-SERVICES", "KUBE-NODEPORTS"} {
+			if c := t.Lookup(name); c != nil {
+				for i := range c.Len() {
+					d.dispatch(RuleRef{t, c, i})
+				}
+			}
+		}
+	}
+	for _, t := range v.rules.Tables {
+		if t.Name != "filter" {
+			continue
+		}
+		for _, name := range []string{"KUBE-SERVICES", "KUBE-EXTERNAL-SERVICES"} {
+			if c := t.Lookup(name); c != nil {
+				for i := range c.Len() {
+					d.refusal(RuleRef{t, c, i})
+				}
+			}
+		}
+	}
+	return d
+}
+
+// asked is what a dispatch rule asks of a packet.
+type asked struct {
+	addr     netip.Addr // of a single destination
+	dest     netip.Prefix
+	local    bool // any address of the node
+	port     uint16
+	protocol netfilter.Protocol
+	comment  string
+	target   netfilter.Expr
+}
+
+func ask(ref RuleRef) asked {
+	var a asked
+	rule := ref.Chain.Rule(ref.Index)
+	for _, e := range rule {
+		switch e.Kind {
+		case netfilter.Destination:
+			if p, ok := ref.Chain.CIDR(e); ok && !e.Negated() {
+				a.dest = p
+				if p.IsSingleIP() {
+					a.addr = p.Addr()
+				}
+			}
+		case netfilter.DestinationType:
+			a.local = e.A&netfilter.AddrLocal != 0 && !e.Negated()
+		case netfilter.ProtocolIs:
+			a.protocol = netfilter.Protocol(e.A)
+		case netfilter.DestinationPort:
+			if e.A == e.B {
+				a.port = uint16(e.A)
+			}
+		case netfilter.Comment:
+			a.comment = string(ref.Chain.Text(e))
+		}
+	}
+	if len(rule) > 0 {
+		a.target = rule[len(rule)-1]
+	}
+	return a
+}
+
+// dispatch reads one rule of nat KUBE-SERVICES or KUBE-NODEPORTS.
+func (d *discovery) dispatch(ref RuleRef) {
+	a := ask(ref)
+	if a.target.Kind != netfilter.Jump && a.target.Kind != netfilter.Goto {
+		return
+	}
+	target := ref.Table.ByID(netfilter.ChainID(a.target.A))
+	name := ref.Table.ChainName(netfilter.ChainID(a.target.A))
+	family := ref.Table.Family
+	if a.port == 0 || a.protocol == 0 {
+		if a.addr.IsValid() && name == "KUBE-NODEPORTS" && !slices.Contains(d.accepted[family], a.addr) {
+			d.accepted[family] = append(d.accepted[family], a.addr)
+		}
+		return
+	}
+	if target != nil && onlyMarks(target) {
+		return // kube-proxy up to v1.21 masquerades here, ahead of the jump
+	}
+	front := Frontend{Family: family, Address: a.addr, Port: a.port}
+	if ref.Chain.Name == "KUBE-NODEPORTS" {
+		front.Address, front.Type = netip.Addr{}, NodePort
+	} else if !a.addr.IsValid() {
+		return
+	} else {
+		front.Type = frontendType(a.comment, name)
+	}
+	d.add(&entry{service: d.name(a, name, target), front: front, target: target, rule: ref}, a.protocol)
+}
+
+// refusal reads one rule of filter KUBE-SERVICES or KUBE-EXTERNAL-SERVICES: a
+// frontend without endpoints stands only there.
+func (d *discovery) refusal(ref RuleRef) {
+	a := ask(ref)
+	if a.port == 0 || a.protocol == 0 || a.target.Kind != netfilter.Reject && a.target.Kind != netfilter.Drop {
+		return
+	}
+	front := Frontend{Family: ref.Table.Family, Address: a.addr, Port: a.port}
+	service := d.name(a, "", nil)
+	switch {
+	case a.addr.IsValid() && ref.Chain.Name == "KUBE-SERVICES":
+		front.Type = ClusterIP
+	case a.addr.IsValid():
+		// The rule does not say which. A LoadBalancer mostly has a NodePort too.
+		front.Type = ExternalIP
+		if d.hasNodePort(service, ref) {
+			front.Type = LoadBalancer
+		}
+	case a.local:
+		front.Type = NodePort
+	default:
+		return
+	}
+	d.add(&entry{service: service, front: front, rule: ref}, a.protocol)
+}
+
+func (d *discovery) hasNodePort(s ServicePort, ref RuleRef) bool {
+	prefix := s.String() + " "
+	for i := range ref.Chain.Len() {
+		if a := ask(RuleRef{ref.Table, ref.Chain, i}); a.local && strings.HasPrefix(a.comment, prefix) && a.protocol == s.Protocol {
+			return true
+		}
+	}
+	return false
+}
+
+func (d *discovery) add(e *entry, p netfilter.Protocol) {
+	if e.front.Type == NodePort {
+		e.front.Accepted = d.accepted[e.front.Family]
+	}
+	k := frontKey{e.front.Family, e.front.Address, e.front.Port, p}
+	first, ok := d.at[k]
+	if !ok {
+		d.at[k] = e
+		d.entries = append(d.entries, e)
+		return
+	}
+	if first.service != e.service && first.target != nil && e.target != nil && first.target != e.target {
+		d.clashes = append(d.clashes, clash{first, e.rule, e.service})
+	}
+}
+
+// name tells the Service of a dispatch rule: from its comment, or, where there
+// is none, from a comment in the chain that it enters, whose hash must agree.
+func (d *discovery) name(a asked, target string, c *netfilter.Chain) ServicePort {
+	word, _, _ := strings.Cut(a.comment, " ")
+	if s, ok := parseServicePort(word, a.protocol); ok {
+		return s
+	}
+	hash := chainHash(target)
+	if s, ok := d.names[hash]; ok && hash != "" && s.Protocol == a.protocol {
+		return s
+	}
+	if c != nil && hash != "" {
+		for i := range c.Len() {
+			for word := range strings.FieldsSeq(c.Comment(i)) {
+				if s, ok := parseServicePort(word, a.protocol); ok && s.hash("") == hash {
+					d.names[hash] = s
+					return s
+				}
+			}
+		}
+	}
+	if target == "" {
+		target = a.comment
+	}
+	return ServicePort{Name: target, Protocol: a.protocol}
+}
+
+// chainHash returns the hash in the name of a Service's chain, or "".
+func chainHash(name string) string {
+	for _, prefix := range []string{"KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-XLB-"} {
+		if h, ok := strings.CutPrefix(name, prefix); ok && len(h) == 16 {
+			return h
+		}
+	}
+	return ""
+}
+
+// frontendType tells the type of an address from kube-proxy's comment, or,
+// without one, from the chain that it leads to.
+func frontendType(comment, target string) FrontendType {
+	switch {
+	case strings.HasSuffix(comment, " cluster IP"):
+		return ClusterIP
+	case strings.HasSuffix(comment, " external IP"):
+		return ExternalIP
+	case strings.HasSuffix(comment, " loadbalancer IP"):
+		return LoadBalancer
+	case strings.HasPrefix(target, "KUBE-FW-"):
+		return LoadBalancer
+	case strings.HasPrefix(target, "KUBE-EXT-"), strings.HasPrefix(target, "KUBE-XLB-"):
+		return ExternalIP
+	}
+	return ClusterIP
+}
+
+// onlyMarks reports whether a chain does nothing but set marks.
+func onlyMarks(c *netfilter.Chain) bool {
+	for i := range c.Len() {
+		for _, e := range c.Rule(i) {
+			if !e.IsMatch() && e.Kind != netfilter.SetMark {
+				return false
+			}
+		}
+	}
+	return c.Len() > 0 || strings.HasPrefix(c.Name, "KUBE-MARK-")
+}
+
+// resolver walks the frontends, one after the other.
+type resolver struct {
+	view *View
+	run  run
+}
+
+// resolve walks a frontend for every source class, and for every source range
+// that the rules on the way single out.
+func (x *resolver) resolve(e *entry) {
+	to := netip.AddrPortFrom(e.front.Address, e.front.Port)
+	if e.front.Type == NodePort {
+		to = netip.AddrPortFrom(x.nodeAddress(e.front), e.front.Port)
+	}
+	var ranges []netip.Prefix
+	byClass := make(map[Class]Route, len(Classes))
+	for _, class := range Classes {
+		packet, ok := x.view.Packet(class, to, e.service.Protocol)
+		if !ok {
+			return
+		}
+		route := x.walk(e, packet, class)
+		byClass[class] = route
+		for _, s := range x.run.sensitive {
+			if !slices.Contains(ranges, s.prefix) {
+				ranges = append(ranges, s.prefix)
+			}
+		}
+		e.routes = addRoute(e.routes, route)
+	}
+	var special []Route
+	for _, p := range ranges {
+		packet := x.view.PacketFrom(representative(p), to, e.service.Protocol)
+		class := x.view.Class(packet)
+		if general, _ := x.view.Packet(class, to, e.service.Protocol); p.Contains(general.Source) {
+			continue // the class as a whole was walked with such a source
+		}
+		route := x.walk(e, packet, class)
+		if sameFate(byClass[class], route) {
+			continue
+		}
+		route.Sources = []netip.Prefix{p}
+		special = addRoute(special, route)
+	}
+	e.routes = append(e.routes, special...)
+}
+
+// nodeAddress returns the address at which a NodePort is tried.
+func (x *resolver) nodeAddress(f Frontend) netip.Addr {
+	main := x.view.node.address(f.Family)
+	if len(f.Accepted) == 0 || slices.Contains(f.Accepted, main) {
+		return main
+	}
+	for _, a := range f.Accepted {
+		if x.view.node.isLocal(a) && !a.IsLoopback() {
+			return a
+		}
+	}
+	return f.Accepted[0]
+}
+
+// representative returns an address of a range, not its first where it can be
+// avoided: that often is a gateway.
+func representative(p netip.Prefix) netip.Addr {
+	if p.IsSingleIP() {
+		return p.Addr()
+	}
+	return p.Addr().Next()
+}
+
+// addRoute appends a route, or puts its sources to one with the same answer.
+func addRoute(routes []Route, r Route) []Route {
+	for i := range routes {
+		if !sameFate(routes[i], r) || len(routes[i].Sources) > 0 && !slices.Equal(routes[i].From, r.From) {
+			continue
+		}
+		if len(r.Sources) > 0 {
+			routes[i].Sources = append(routes[i].Sources, r.Sources...)
+		} else {
+			routes[i].From = append(routes[i].From, r.From...)
+		}
+		return routes
+	}
+	return append(routes, r)
+}
+
+// sameFate reports whether two routes say the same.
+func sameFate(a, b Route) bool {
+	return a.Verdict == b.Verdict && a.Masquerade == b.Masquerade && a.Undelivered.Cmp(b.Undelivered) == 0 &&
+		slices.EqualFunc(a.Endpoints, b.Endpoints, func(p, q Endpoint) bool {
+			return p.Address == q.Address && p.Masquerade == q.Masquerade && p.Share.Cmp(q.Share) == 0 && p.Max.Cmp(q.Max) == 0
+		}) && slices.Equal(a.Unknown, b.Unknown)
+}
+
+// walk follows one packet to a frontend and sums up what becomes of it.
+func (x *resolver) walk(e *entry, p netfilter.Packet, class Class) Route {
+	r := &x.run
+	r.reset(p)
+	r.natOnly, r.collect, r.watch = true, true, e.target
+	worlds := x.view.explore(r)
+	if e.affinity == 0 {
+		e.affinity = r.affinity
+	}
+	route := Route{From: []Class{class}}
+	if len(worlds) == 1 {
+		route.Endpoints, route.Undelivered = endpoints(worlds[0].ends)
+	} else {
+		route.Endpoints, route.Undelivered = bounds(worlds)
+		route.Unknown = influential(worlds)
+	}
+	route.Unknown = append(route.Unknown, r.ignored...)
+	route.Verdict = sumUp(worlds, route)
+	for _, ep := range route.Endpoints {
+		route.Masquerade = route.Masquerade || ep.Masquerade
+	}
+	e.facts.add(x.view, class, worlds, r)
+	return route
+}
+
+// sumUp returns the one verdict of all ends, or mixed.
+func sumUp(worlds []world, route Route) RouteVerdict {
+	var sum RouteVerdict
+	for _, w := range worlds {
+		for i := range w.ends {
+			v := RouteVerdict(w.ends[i].verdict)
+			if w.ends[i].verdict == Accept {
+				v = RouteNone
+			}
+			if sum != "" && sum != v {
+				return RouteMixed
+			}
+			sum = v
+		}
+	}
+	return sum
+}
+
+// endpoints sums up the ends of one walk by address.
+func endpoints(ends []end) (list []Endpoint, undelivered Share) {
+	for i := range ends {
+		s := &ends[i]
+		if s.verdict != DNAT {
+			undelivered = undelivered.plus(s.share)
+			continue
+		}
+		to := s.to
+		if s.has(unresolvedTo) {
+			to = netip.AddrPort{}
+		}
+		list = append(list, Endpoint{Address: to, Share: s.share, Max: s.share, Masquerade: s.has(masqueraded), Chain: s.by.Chain.Name})
+	}
+	slices.SortStableFunc(list, func(a, b Endpoint) int { return a.Address.Compare(b.Address) })
+	// A pod may be reached through two chains.
+	out := list[:0]
+	for _, ep := range list {
+		if n := len(out); n > 0 && out[n-1].Address == ep.Address {
+			out[n-1].Share = out[n-1].Share.plus(ep.Share)
+			out[n-1].Max = out[n-1].Share
+			out[n-1].Masquerade = out[n-1].Masquerade || ep.Masquerade
+			continue
+		}
+		out = append(out, ep)
+	}
+	return out, undelivered
+}
+
+// bounds sums up the walks of several worlds: each endpoint's least and
+// greatest share, and the greatest share that may stay undelivered.
+func bounds(worlds []world) (list []Endpoint, undelivered Share) {
+	at := map[netip.AddrPort]int{}
+	seen := map[netip.AddrPort]int{}
+	for _, w := range worlds {
+		eps, lost := endpoints(w.ends)
+		if lost.Cmp(undelivered) > 0 {
+			undelivered = lost
+		}
+		for _, ep := range eps {
+			i, ok := at[ep.Address]
+			if !ok {
+				at[ep.Address] = len(list)
+				list = append(list, ep)
+				i = len(list) - 1
+			}
+			seen[ep.Address]++
+			if ep.Share.Cmp(list[i].Share) < 0 {
+				list[i].Share = ep.Share
+			}
+			if ep.Max.Cmp(list[i].Max) > 0 {
+				list[i].Max = ep.Max
+			}
+		}
+	}
+	for i := range list {
+		if seen[list[i].Address] < len(worlds) {
+			list[i].Share = Share{}
+		}
+	}
+	slices.SortStableFunc(list, func(a, b Endpoint) int { return a.Address.Compare(b.Address) })
+	return list, undelivered
+}

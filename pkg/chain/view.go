@@ -1,0 +1,384 @@
+package chain
+
+import (
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// View answers questions about one ruleset on one node. It does not change,
+// and may be used by several goroutines once made.
+type View struct {
+	rules  *netfilter.Ruleset
+	node   Node
+	family [2]*familyView // IPv4, IPv6; nil where the ruleset has no table
+}
+
+// familyView is what is worked out once per family.
+type familyView struct {
+	family  netfilter.Family
+	hooks   [5][]netfilter.BaseChain
+	indexes map[*netfilter.Table][]*index // by ChainID; nil for short chains
+	sources map[Class]netip.Addr          // an address that stands for the class
+	// masquerade and drop are the mark bits that KUBE-MARK-MASQ and
+	// KUBE-MARK-DROP (kubelet up to v1.26) set; both can be configured.
+	masquerade, drop uint32
+}
+
+// NewView prepares a ruleset for questions. Missing parts of the node are
+// filled in from the rules: pod ranges from kube-proxy's masquerade rules, an
+// unnamed address for the node's own.
+func NewView(rs *netfilter.Ruleset, node Node) *View {
+	v := &View{rules: rs, node: node}
+	v.node.Local = slices.Clone(node.Local)
+	if len(node.PodCIDRs) == 0 && len(node.PodInterfaces) == 0 {
+		v.node.PodCIDRs, v.node.PodInterfaces = detectPods(rs)
+	}
+	for i, f := range []netfilter.Family{netfilter.IPv4, netfilter.IPv6} {
+		if !slices.ContainsFunc(rs.Tables, func(t *netfilter.Table) bool { return t.Family == f }) {
+			continue
+		}
+		fv := &familyView{family: f, indexes: map[*netfilter.Table][]*index{}}
+		for h := netfilter.Prerouting; h <= netfilter.Postrouting; h++ {
+			fv.hooks[h] = rs.BaseChains(f, h)
+		}
+		for _, t := range rs.Tables {
+			if t.Family != f {
+				continue
+			}
+			list := make([]*index, t.NameCount())
+			for _, c := range t.Chains() {
+				list[c.ID] = newIndex(c)
+			}
+			fv.indexes[t] = list
+		}
+		fv.masquerade, fv.drop = fv.marks("KUBE-MARK-MASQ"), fv.marks("KUBE-MARK-DROP")
+		v.family[i] = fv
+		v.choosePackets(fv)
+	}
+	return v
+}
+
+func (v *View) of(f netfilter.Family) *familyView {
+	if f == netfilter.IPv6 {
+		return v.family[1]
+	}
+	return v.family[0]
+}
+
+func (fv *familyView) index(t *netfilter.Table, c *netfilter.Chain) *index {
+	return fv.indexes[t][c.ID]
+}
+
+// marks returns the mark bits that a chain of table nat sets.
+func (fv *familyView) marks(chain string) uint32 {
+	var mark uint32
+	for t := range fv.indexes {
+		c := t.Lookup(chain)
+		if t.Name != "nat" || c == nil {
+			continue
+		}
+		for i := range c.Len() {
+			for _, e := range c.Rule(i) {
+				if e.Kind == netfilter.SetMark {
+					mark |= e.A
+				}
+			}
+		}
+	}
+	return mark
+}
+
+// Node returns the node as completed from the rules.
+func (v *View) Node() Node { return v.node }
+
+// Packet returns the first packet of a connection to a destination, from a
+// source that stands for the class. ok is false when the ruleset has no table
+// of the destination's family.
+func (v *View) Packet(from Class, to netip.AddrPort, p netfilter.Protocol) (packet netfilter.Packet, ok bool) {
+	fv := v.of(netfilter.FamilyOf(to.Addr()))
+	if fv == nil {
+		return packet, false
+	}
+	packet = netfilter.Packet{Source: fv.sources[from], Destination: to.Addr(), Port: to.Port(), Protocol: p}
+	switch from {
+	case Host:
+		packet.FromHost = true
+		if v.node.isLocal(to.Addr()) { // the kernel picks the destination itself as the source
+			packet.Source = to.Addr()
+		}
+	case Pod:
+		if len(v.node.PodInterfaces) > 0 {
+			packet.In = v.node.PodInterfaces[0]
+		}
+	}
+	return packet, true
+}
+
+// PacketFrom returns the first packet of a connection from an address. What
+// is the node's own comes from a process on it.
+func (v *View) PacketFrom(source netip.Addr, to netip.AddrPort, p netfilter.Protocol) netfilter.Packet {
+	packet := netfilter.Packet{Source: source, Destination: to.Addr(), Port: to.Port(), Protocol: p, FromHost: v.node.isLocal(source)}
+	if v.node.classOf(source) == Pod && len(v.node.PodInterfaces) > 0 {
+		packet.In = v.node.PodInterfaces[0]
+	}
+	return packet
+}
+
+// Class returns the class of a packet's source.
+func (v *View) Class(p netfilter.Packet) Class {
+	switch {
+	case p.FromHost:
+		return Host
+	case p.In != "" && v.node.isPodInterface([]byte(p.In)), v.node.isPod(p.Source):
+		return Pod
+	}
+	return External
+}
+
+// detectPods reads the local traffic detector of kube-proxy out of its
+// masquerade rules: what is not masqueraded on its way to a ClusterIP is a
+// pod's (pkg/proxy/util/localdetector.go).
+func detectPods(rs *netfilter.Ruleset) (cidrs []netip.Prefix, interfaces []string) {
+	for _, t := range rs.Tables {
+		mark := t.Lookup("KUBE-MARK-MASQ")
+		if t.Name != "nat" || mark == nil {
+			continue
+		}
+		for _, c := range t.Chains() {
+			for i := range c.Len() {
+				rule := c.Rule(i)
+				if last := rule[max(0, len(rule)-1):]; len(last) == 0 || last[0].Kind != netfilter.Jump || netfilter.ChainID(last[0].A) != mark.ID {
+					continue
+				}
+				for _, e := range rule {
+					if !e.Negated() {
+						continue
+					}
+					switch e.Kind {
+					case netfilter.Source:
+						if p, ok := c.CIDR(e); ok && p.Bits() > 0 && !slices.Contains(cidrs, p) {
+							cidrs = append(cidrs, p)
+						}
+					case netfilter.InInterface:
+						if name := string(c.Text(e)); !slices.Contains(interfaces, name) {
+							interfaces = append(interfaces, name)
+						}
+					}
+				}
+			}
+		}
+	}
+	return cidrs, interfaces
+}
+
+// choosePackets picks a source address for each class that no rule names, so
+// that it fares as most of its class do.
+func (v *View) choosePackets(fv *familyView) {
+	named := v.namedSources(fv.family)
+	fv.sources = map[Class]netip.Addr{External: firstUnnamed(externalCandidates(fv.family), named)}
+	fv.sources[Host] = v.node.address(fv.family)
+	if fv.sources[Host].IsLoopback() {
+		own := firstUnnamed(nodeCandidates(fv.family), named)
+		v.node.Local = append(v.node.Local, own)
+		fv.sources[Host] = own
+	}
+	fv.sources[Pod] = firstUnnamed(v.podCandidates(fv.family), named)
+}
+
+// namedSources returns the ranges that rules ask of a source, single addresses
+// apart from the others.
+func (v *View) namedSources(f netfilter.Family) *sourceRanges {
+	out := &sourceRanges{single: map[netip.Addr]bool{}, wide: map[netip.Prefix]bool{}}
+	for _, t := range v.rules.Tables {
+		if t.Family != f {
+			continue
+		}
+		for _, c := range t.Chains() {
+			for i := range c.Len() {
+				for _, e := range c.Rule(i) {
+					if e.Kind != netfilter.Source {
+						continue
+					}
+					if p, ok := c.CIDR(e); ok && p.IsSingleIP() {
+						out.single[p.Addr()] = true
+					} else if ok && p.Bits() > 0 {
+						out.wide[p.Masked()] = true
+					}
+				}
+			}
+		}
+	}
+	return out
+}
+
+type sourceRanges struct {
+	single map[netip.Addr]bool
+	wide   map[netip.Prefix]bool
+}
+
+// candidate is an address, within a range that may be named as a whole.
+type candidate struct {
+	addr   netip.Addr
+	within netip.Prefix
+}
+
+// firstUnnamed returns the first candidate that no rule singles out; if all
+// are, the first.
+func firstUnnamed(candidates []candidate, named *sourceRanges) netip.Addr {
+	for _, c := range candidates {
+		if named.single[c.addr] {
+			continue
+		}
+		free := true
+		for p := range named.wide {
+			if p.Contains(c.addr) && !(c.within.IsValid() && p.Bits() <= c.within.Bits()) {
+				free = false
+				break
+			}
+		}
+		if free {
+			return c.addr
+		}
+	}
+	return candidates[0].addr
+}
+
+// externalCandidates are addresses of documentation and benchmark ranges, then
+// of the wide public space.
+func externalCandidates(f netfilter.Family) []candidate {
+	list := []string{"203.0.113.77", "198.51.100.77", "192.0.2.77", "198.18.0.77", "198.19.77.77", "192.88.99.77", "100.127.77.77", "223.255.255.77", "9.255.77.77", "52.77.77.77", "151.77.77.77"}
+	if f == netfilter.IPv6 {
+		list = []string{"2001:db8:ffff::77", "2001:2::77", "3fff:ffff::77", "2600:ffff::77", "2a00:ffff::77"}
+	}
+	return candidates(list)
+}
+
+func nodeCandidates(f netfilter.Family) []candidate {
+	list := []string{"192.0.2.1", "192.0.2.254", "198.18.255.1", "203.0.113.254", "198.51.100.254"}
+	if f == netfilter.IPv6 {
+		list = []string{"2001:db8:fffe::1", "2001:2:fffe::1", "3fff:fffe::1"}
+	}
+	return candidates(list)
+}
+
+func candidates(list []string) []candidate {
+	out := make([]candidate, len(list))
+	for i, s := range list {
+		out[i].addr = netip.MustParseAddr(s)
+	}
+	return out
+}
+
+// podCandidates are addresses of the pod ranges; without a range, neighbours
+// of endpoints.
+func (v *View) podCandidates(f netfilter.Family) []candidate {
+	var out []candidate
+	for _, p := range v.node.PodCIDRs {
+		if netfilter.FamilyOf(p.Addr()) == f {
+			out = append(out, neighbours(p)...)
+		}
+	}
+	if len(out) > 0 {
+		return out
+	}
+	for _, t := range v.rules.Tables {
+		if t.Family != f {
+			continue
+		}
+		for _, c := range t.Chains() {
+			for i := range c.Len() {
+				rule := c.Rule(i)
+				if len(rule) == 0 || rule[len(rule)-1].Kind != netfilter.DNAT {
+					continue
+				}
+				if a := c.Target(rule[len(rule)-1]).Addr(); a.IsValid() && !v.node.isLocal(a) {
+					bits := 24
+					if f == netfilter.IPv6 {
+						bits = 64
+					}
+					p, _ := a.Prefix(bits)
+					return neighbours(p)
+				}
+			}
+		}
+	}
+	if f == netfilter.IPv6 {
+		return candidates([]string{"fd00:ffff::77"})
+	}
+	return candidates([]string{"10.255.255.77"})
+}
+
+// neighbours returns up to 600 addresses from the upper end of a range, where
+// pods come last, and from its lower end.
+func neighbours(p netip.Prefix) []candidate {
+	const most = 300
+	var out []candidate
+	p = p.Masked()
+	last := lastAddr(p)
+	for a, i := last.Prev(), 0; i < most && a.IsValid() && p.Contains(a); a, i = a.Prev(), i+1 {
+		out = append(out, candidate{a, p})
+	}
+	for a, i := p.Addr().Next(), 0; i < most && a.IsValid() && p.Contains(a); a, i = a.Next(), i+1 {
+		out = append(out, candidate{a, p})
+	}
+	if len(out) == 0 {
+		out = []candidate{{p.Addr(), p}}
+	}
+	return out
+}
+
+func lastAddr(p netip.Prefix) netip.Addr {
+	b := p.Addr().AsSlice()
+	for i := range b {
+		for bit := range 8 {
+			if i*8+bit >= p.Bits() {
+				b[i] |= 0x80 >> bit
+			}
+		}
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+// world is the result of one walk under one set of assumptions.
+type world struct {
+	assume map[RuleRef]bool
+	ends   []end
+}
+
+// explore walks the packet of a run under every assumption about what cannot
+// be decided. The ends in a single world belong to the run.
+func (v *View) explore(r *run) []world {
+	r.view = v
+	r.class = v.Class(r.packet)
+	r.family = v.of(netfilter.FamilyOf(r.packet.Destination))
+	r.outcomes()
+	if r.undecided == nil {
+		return []world{{ends: r.ends}}
+	}
+	var worlds []world
+	first := *r.undecided
+	v.assume(r, map[RuleRef]bool{first: false}, &worlds)
+	v.assume(r, map[RuleRef]bool{first: true}, &worlds)
+	return worlds
+}
+
+// assume walks once more under the assumptions, and, where another rule cannot
+// be decided, under both answers to that too.
+func (v *View) assume(r *run, assume map[RuleRef]bool, worlds *[]world) {
+	r.assume, r.undecided, r.ends = assume, nil, nil
+	r.outcomes()
+	if r.undecided == nil {
+		*worlds = append(*worlds, world{assume, r.ends})
+		return
+	}
+	open := *r.undecided
+	for _, taken := range []bool{false, true} {
+		more := maps.Clone(assume)
+		more[open] = taken
+		v.assume(r, more, worlds)
+	}
+}

@@ -1,0 +1,524 @@
+package chain
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// Verdict is what becomes of a connection.
+type Verdict string
+
+// The verdicts of an [Outcome].
+const (
+	DNAT   Verdict = "dnat"   // sent to another address
+	Accept Verdict = "accept" // let through by a rule that says so
+	Reject Verdict = "reject" // refused with an error
+	Drop   Verdict = "drop"   // lost without a word
+	None   Verdict = "none"   // no rule applied: it leaves with the address it came with
+)
+
+// maxDepth bounds jumps; the kernel allows 16 (NFT_JUMP_STACK_SIZE).
+const maxDepth = 64
+
+// maxUnknown bounds the rules that are tried both ways in one walk, since each
+// doubles the work. Further ones are taken as not matching, and named.
+const maxUnknown = 5
+
+// Hook priorities that part the tables: conntrack runs behind raw, and what
+// mangle accepts says nothing about a filter (enum nf_ip_hook_priorities).
+const (
+	conntrackPriority = -200
+	afterMangle       = -150
+)
+
+// flag is what has happened to a packet so far.
+type flag uint8
+
+const (
+	notTracked   flag = 1 << iota // by raw NOTRACK: nat is not asked
+	rewritten                     // its destination has been decided by nat
+	masqueraded                   // its source has been rewritten
+	explicit                      // a nat or filter rule accepted it
+	viaDispatch                   // it entered the chain that run.watch names
+	unresolvedTo                  // the target is a range of addresses
+)
+
+// state is a part of the connections on its way through the rules: all that
+// have the same fate so far.
+type state struct {
+	to       netip.AddrPort // the destination as rewritten so far
+	share    Share
+	mark     uint32
+	connMark uint32
+	hook     netfilter.Hook
+	flags    flag
+	by       RuleRef // the rule that rewrote the destination, or took the packet out of conntrack
+	path     *step
+}
+
+func (s *state) has(f flag) bool { return s.flags&f != 0 }
+
+// alike reports whether two states have the same future.
+func (s *state) alike(o *state) bool {
+	return s.to == o.to && s.mark == o.mark && s.connMark == o.connMark && s.hook == o.hook && s.flags == o.flags && s.by == o.by
+}
+
+// RuleRef is the place of a rule.
+type RuleRef struct {
+	Table *netfilter.Table
+	Chain *netfilter.Chain
+	Index int // counted from 0; the policy of a base chain when it is Chain.Len()
+}
+
+// step is one rule on a path, linked backwards.
+type step struct {
+	before *step
+	at     RuleRef
+	effect netfilter.Expr
+	chance chance
+	share  Share // behind the rule
+}
+
+// end is where a state came to rest.
+type end struct {
+	state
+	verdict Verdict
+}
+
+// run is one walk of one packet, under one assumption about the undecidable
+// matches.
+type run struct {
+	view   *View
+	packet netfilter.Packet
+	class  Class
+	family *familyView
+
+	// assume holds how each undecidable rule met so far is taken; undecided is
+	// the first one that it says nothing of, and ends the run.
+	assume    map[RuleRef]bool
+	undecided *RuleRef
+	// natOnly takes undecidable matches outside nat and raw as not holding: a
+	// view of all Services is about where they go, not about foreign policies.
+	natOnly bool
+	ignored []RuleRef // undecidable rules beyond maxUnknown, or without a model
+
+	watch   *netfilter.Chain // entering it sets viaDispatch
+	tracing bool             // keep paths
+	// sensitive are the source ranges that rules on the way asked for.
+	sensitive []sensitivity
+	collect   bool
+
+	affinity int // seconds of the first affinity rule met
+	broken   []RuleRef
+	ends     []end
+	stack    []*netfilter.Chain
+	spare    [][]state
+}
+
+// reset makes a run ready for another packet, keeping its memory.
+func (r *run) reset(p netfilter.Packet) {
+	*r = run{packet: p, ends: r.ends[:0], sensitive: r.sensitive[:0], stack: r.stack[:0], spare: r.spare}
+}
+
+// sensitivity is a source range that a rule of the chain asks for.
+type sensitivity struct {
+	chain  *netfilter.Chain
+	prefix netip.Prefix
+}
+
+// outcomes walks the packet through the whole of netfilter.
+func (r *run) outcomes() []end {
+	first := state{to: netip.AddrPortFrom(r.packet.Destination, r.packet.Port), share: whole()}
+	var sent []state
+	if r.packet.FromHost {
+		sent = r.hook(netfilter.Output, []state{first})
+	} else {
+		sent = r.hook(netfilter.Prerouting, []state{first})
+	}
+	for _, s := range sent {
+		r.route(s)
+	}
+	return r.ends
+}
+
+// route walks what nat has decided on to its end: the kernel routes it by the
+// new destination, and the filter chains see that one only.
+func (r *run) route(s state) {
+	one := []state{s}
+	local := r.view.node.isLocal(s.to.Addr())
+	switch {
+	case r.packet.FromHost:
+		if r.martian(&s) {
+			r.finish(s, Drop)
+			return
+		}
+		one = r.hook(netfilter.Postrouting, one)
+		if local { // comes back on the loopback interface
+			one = r.hook(netfilter.Input, r.hook(netfilter.Prerouting, one))
+		}
+	case local:
+		one = r.hook(netfilter.Input, one)
+	default:
+		one = r.hook(netfilter.Postrouting, r.hook(netfilter.Forward, one))
+	}
+	for _, s := range one {
+		switch {
+		case s.has(rewritten):
+			r.finish(s, DNAT)
+		case s.has(explicit):
+			r.finish(s, Accept)
+		default:
+			r.finish(s, None)
+		}
+	}
+}
+
+// martian reports whether the kernel drops a packet of 127.0.0.0/8 that nat
+// sends off the loopback interface: it does unless route_localnet is set, and
+// for IPv6 always.
+func (r *run) martian(s *state) bool {
+	return s.has(rewritten) && r.packet.Source.IsLoopback() && !s.to.Addr().IsLoopback() &&
+		(r.packet.Source.Is6() || r.view.node.NoRouteLocalnet)
+}
+
+func (r *run) finish(s state, v Verdict) {
+	if r.undecided == nil {
+		r.ends = append(r.ends, end{s, v})
+	}
+}
+
+// hook runs every base chain of the hook and returns what goes on behind it.
+func (r *run) hook(h netfilter.Hook, live []state) []state {
+	for i := range live {
+		live[i].hook = h
+	}
+	for _, base := range r.family.hooks[h] {
+		var skipped []state
+		if base.Base.Type == netfilter.TypeNAT {
+			live, skipped = r.natAsks(h, live)
+		}
+		if len(live) > 0 {
+			live = r.base(base, live)
+		}
+		live = append(live, skipped...)
+	}
+	return live
+}
+
+// natAsks parts the states that nat is still asked about at the hook from the
+// others. Once one nat chain has decided on an address, no other is asked.
+func (r *run) natAsks(h netfilter.Hook, live []state) (asked, skipped []state) {
+	done := rewritten
+	if h == netfilter.Postrouting || h == netfilter.Input {
+		done = masqueraded
+	}
+	if len(live) == 1 && !live[0].has(done|notTracked) && !(h == netfilter.Prerouting && r.packet.FromHost) {
+		return live, nil
+	}
+	for _, s := range live {
+		// A connection of the node itself was decided on in OUTPUT.
+		if s.has(done|notTracked) || h == netfilter.Prerouting && r.packet.FromHost {
+			skipped = append(skipped, s)
+		} else {
+			asked = append(asked, s)
+		}
+	}
+	return asked, skipped
+}
+
+// base runs one base chain, and its policy for what comes back.
+func (r *run) base(b netfilter.BaseChain, live []state) []state {
+	var passed []state
+	back := r.chain(b.Table, b.Chain, live, &passed)
+	policy := RuleRef{b.Table, b.Chain, b.Len()}
+	for _, s := range back {
+		if b.Base.Policy == netfilter.Drop {
+			r.note(&s, policy, netfilter.Expr{Kind: netfilter.Drop}, always)
+			r.finish(s, Drop)
+			continue
+		}
+		passed = append(passed, s)
+	}
+	return passed
+}
+
+// chain runs the rules of one chain. It returns what falls off its end or
+// returns, and appends to passed what leaves the base chain accepted.
+func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed *[]state) []state {
+	if c == r.watch {
+		for i := range live {
+			live[i].flags |= viaDispatch
+		}
+	}
+	r.stack = append(r.stack, c)
+	defer func() { r.stack = r.stack[:len(r.stack)-1] }()
+
+	var back []state
+	rules := r.family.index(t, c).rules(c, live[0].to.Addr(), r.packet.Protocol, live[0].to.Port())
+	for i := rules.step(); i >= 0 && len(live) > 0 && r.undecided == nil; i = rules.step() {
+		ref := RuleRef{t, c, i}
+		rule := c.Rule(i)
+		kept := live[:0]
+		var more []state // what comes back from a jump of this rule
+		for _, s := range live {
+			p, ok := r.matches(ref, rule, &s)
+			if !ok {
+				kept = append(kept, s)
+				continue
+			}
+			taken := s
+			if p != always {
+				taken.share, s.share = s.share.split(p.num, p.den)
+				if !s.share.IsZero() {
+					kept = append(kept, s)
+				}
+				if taken.share.IsZero() {
+					continue
+				}
+			}
+			r.act(ref, rule[len(rule)-1], p, taken, &more, &back, passed)
+		}
+		live = join(kept, more)
+	}
+	return join(live, back)
+}
+
+// join puts states together that have the same future.
+func join(a, b []state) []state {
+	for _, s := range b {
+		if i := slices.IndexFunc(a, func(o state) bool { return o.alike(&s) }); i >= 0 {
+			a[i].share = a[i].share.plus(s.share)
+			continue
+		}
+		a = append(a, s)
+	}
+	return a
+}
+
+// matches tells which part of the packets in a state a rule matches; ok is
+// false for none.
+func (r *run) matches(ref RuleRef, rule []netfilter.Expr, s *state) (p chance, ok bool) {
+	p = always
+	open := false // an undecidable match
+	bySource := -1
+	for i, e := range rule {
+		if !e.IsMatch() {
+			break
+		}
+		if e.Kind == netfilter.Random || e.Kind == netfilter.Nth {
+			p = chanceOf(e)
+			continue
+		}
+		switch r.decide(ref.Chain, e, s) {
+		case no:
+			if e.Kind == netfilter.Source && r.collect && bySource < 0 {
+				bySource = i // maybe the only thing that speaks against it
+				continue
+			}
+			if e.Kind == netfilter.Recent {
+				r.noteAffinity(ref.Chain.Text(e))
+			}
+			return p, false
+		case unknown:
+			open = true
+		case yes:
+			if e.Kind == netfilter.Source && r.collect {
+				r.sense(ref.Chain, e)
+			}
+		}
+	}
+	if bySource >= 0 {
+		r.sense(ref.Chain, rule[bySource])
+		return p, false
+	}
+	if open && !r.suppose(ref, rule, s) {
+		return p, false
+	}
+	return p, true
+}
+
+func (r *run) noteAffinity(text []byte) {
+	if r.affinity == 0 {
+		r.affinity = affinitySeconds(text)
+	}
+}
+
+// sense remembers that a rule asks for a source range: a packet from the other
+// side of its border may fare differently.
+func (r *run) sense(c *netfilter.Chain, e netfilter.Expr) {
+	if p, ok := c.CIDR(e); ok && p.Bits() > 0 {
+		r.sensitive = append(r.sensitive, sensitivity{c, p.Masked()})
+	}
+}
+
+// suppose says how a rule that cannot be decided is taken in this run.
+func (r *run) suppose(ref RuleRef, rule []netfilter.Expr, s *state) bool {
+	if last := rule[len(rule)-1]; last.IsMatch() || last.Kind == netfilter.NoEffect {
+		return false // matching or not makes no difference
+	}
+	if r.natOnly && !r.directs() {
+		return false
+	}
+	if taken, ok := r.assume[ref]; ok {
+		return taken
+	}
+	if len(r.assume) >= maxUnknown {
+		r.ignore(ref)
+		return false
+	}
+	r.undecided = &ref
+	return false
+}
+
+// directs reports whether the base chain being walked can change where a
+// connection goes: a nat chain, or one ahead of conntrack.
+func (r *run) directs() bool {
+	b := r.stack[0].Base
+	return b != nil && (b.Type == netfilter.TypeNAT || b.Priority < conntrackPriority)
+}
+
+func (r *run) ignore(ref RuleRef) {
+	if !slices.Contains(r.ignored, ref) {
+		r.ignored = append(r.ignored, ref)
+	}
+}
+
+// note puts a rule on the path of a state.
+func (r *run) note(s *state, ref RuleRef, effect netfilter.Expr, p chance) {
+	if r.tracing {
+		s.path = &step{before: s.path, at: ref, effect: effect, chance: p, share: s.share}
+	}
+}
+
+// act does what the target of a matching rule says. What goes on with the next
+// rule is appended to next, what returns to the caller to back, and what the
+// base chain lets through to passed.
+func (r *run) act(ref RuleRef, e netfilter.Expr, p chance, s state, next, back, passed *[]state) {
+	if e.IsMatch() { // no target: the rule only counts
+		*next = append(*next, s)
+		return
+	}
+	r.note(&s, ref, e, p)
+	switch e.Kind {
+	case netfilter.Jump, netfilter.Goto:
+		r.enter(ref, e, s, next, back, passed)
+	case netfilter.Return:
+		*back = append(*back, s)
+	case netfilter.Accept:
+		if b := r.stack[0].Base; b != nil && b.Hook != netfilter.Postrouting && b.Priority > afterMangle {
+			s.flags |= explicit
+		}
+		*passed = append(*passed, s)
+	case netfilter.Drop:
+		r.finish(s, Drop)
+	case netfilter.Reject:
+		r.finish(s, Reject)
+	case netfilter.Queue: // whatever program listens there decides
+		r.ignore(ref)
+		*passed = append(*passed, s)
+	case netfilter.DNAT, netfilter.DNATRange, netfilter.Redirect:
+		r.rewrite(ref, e, &s)
+		*passed = append(*passed, s)
+	case netfilter.SNAT, netfilter.Masquerade:
+		s.flags |= masqueraded
+		*passed = append(*passed, s)
+	default:
+		r.mark(ref, e, &s)
+		*next = append(*next, s)
+	}
+}
+
+// mark does what the targets that let the packet go on do.
+func (r *run) mark(ref RuleRef, e netfilter.Expr, s *state) {
+	switch e.Kind {
+	case netfilter.SetMark:
+		s.mark = s.mark&^e.B ^ e.A
+	case netfilter.SetConnMark:
+		s.connMark = s.connMark&^e.B ^ e.A
+	case netfilter.SaveMark:
+		s.connMark = s.connMark&^e.B ^ s.mark&e.A
+	case netfilter.RestoreMark:
+		s.mark = s.mark&^e.A ^ s.connMark&e.B
+	case netfilter.NoTrack:
+		s.flags |= notTracked
+		s.by = ref
+	case netfilter.UnknownTarget:
+		r.ignore(ref)
+	}
+}
+
+// rewrite gives a state its new destination.
+func (r *run) rewrite(ref RuleRef, e netfilter.Expr, s *state) {
+	s.flags |= rewritten
+	s.by = ref
+	addr, port := s.to.Addr(), s.to.Port()
+	switch e.Kind {
+	case netfilter.DNATRange:
+		s.flags |= unresolvedTo
+		r.ignore(ref)
+	case netfilter.Redirect:
+		if e.N != 0 {
+			port = e.N
+		}
+		// To the address of the interface it came in on; on OUTPUT, to loopback.
+		if !r.view.node.isLocal(addr) {
+			addr = r.view.node.address(r.family.family)
+			if r.packet.FromHost {
+				addr = loopback(r.family.family)
+			}
+		}
+	case netfilter.DNAT:
+		to := ref.Chain.Target(e)
+		if to.Addr().IsValid() {
+			addr = to.Addr()
+		}
+		if to.Port() != 0 {
+			port = to.Port()
+		}
+	}
+	s.to = netip.AddrPortFrom(addr, port)
+	r.forgetHairpin(ref.Chain, addr)
+}
+
+// forgetHairpin takes back that a chain asked for the very address it sends
+// to: that rule marks an endpoint that calls itself, which is no source class.
+func (r *run) forgetHairpin(c *netfilter.Chain, to netip.Addr) {
+	r.sensitive = slices.DeleteFunc(r.sensitive, func(s sensitivity) bool {
+		return s.chain == c && s.prefix.IsSingleIP() && s.prefix.Addr() == to
+	})
+}
+
+// enter follows a jump or goto.
+func (r *run) enter(ref RuleRef, e netfilter.Expr, s state, next, back, passed *[]state) {
+	rest := next
+	if e.Kind == netfilter.Goto {
+		rest = back
+	}
+	target := ref.Table.ByID(netfilter.ChainID(e.A))
+	// The kernel refuses a jump to nowhere, and a loop; a file may hold both.
+	if target == nil || len(r.stack) >= maxDepth || slices.Contains(r.stack, target) {
+		if !slices.Contains(r.broken, ref) {
+			r.broken = append(r.broken, ref)
+		}
+		*rest = append(*rest, s)
+		return
+	}
+	live := append(r.take(), s)
+	out := r.chain(ref.Table, target, live, passed)
+	*rest = append(*rest, out...)
+	r.give(live)
+}
+
+// take and give keep a stock of slices, since every jump needs one.
+func (r *run) take() []state {
+	if n := len(r.spare); n > 0 {
+		s := r.spare[n-1]
+		r.spare = r.spare[:n-1]
+		return s
+	}
+	return make([]state, 0, 4)
+}
+
+func (r *run) give(s []state) { r.spare = append(r.spare, s[:0]) }
