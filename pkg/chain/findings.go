@@ -59,20 +59,21 @@ type facts struct {
 
 // fall is a share that passed a Service's chains without an endpoint.
 type fall struct {
-	class Class
-	share Share
+	classes []Class
+	sources []netip.Prefix // none for the classes as a whole
+	share   Share
 }
 
-func (f *facts) add(v *View, class Class, worlds []world, r *run) {
+func (f *facts) add(v *View, class Class, sources []netip.Prefix, worlds []world, r *run) {
 	for _, ref := range r.broken {
 		f.broken = appendNew(f.broken, ref)
 	}
 	if len(worlds) == 1 { // a finding must not hang on what could not be decided
-		f.addEnds(v, class, worlds[0].ends, r)
+		f.addEnds(v, class, sources, worlds[0].ends, r)
 	}
 }
 
-func (f *facts) addEnds(v *View, class Class, ends []end, r *run) {
+func (f *facts) addEnds(v *View, class Class, sources []netip.Prefix, ends []end, r *run) {
 	var lost Share
 	for i := range ends {
 		s := &ends[i]
@@ -88,8 +89,30 @@ func (f *facts) addEnds(v *View, class Class, ends []end, r *run) {
 		}
 	}
 	if !lost.IsZero() {
-		f.fell = append(f.fell, fall{class, lost})
+		f.addFall(fall{[]Class{class}, sources, lost})
 	}
+}
+
+// addFall notes a fall, together with one of the same share if there is any.
+func (f *facts) addFall(l fall) {
+	for i := range f.fell {
+		have := &f.fell[i]
+		if have.share.Cmp(l.share) != 0 || len(have.sources) > 0 && len(l.sources) == 0 {
+			continue
+		}
+		if len(have.sources) == 0 && len(l.sources) > 0 {
+			if slices.Contains(have.classes, l.classes[0]) {
+				return // the class as a whole fares so
+			}
+			continue
+		}
+		have.sources = append(have.sources, l.sources...)
+		if !slices.Contains(have.classes, l.classes[0]) {
+			have.classes = append(have.classes, l.classes[0])
+		}
+		return
+	}
+	f.fell = append(f.fell, l)
 }
 
 func appendNew(list []RuleRef, ref RuleRef) []RuleRef {
@@ -158,23 +181,35 @@ func frontendText(f Frontend) string {
 	return fmt.Sprintf("%s %s", f.Type, netip.AddrPortFrom(f.Address, f.Port))
 }
 
-func percent(s Share) string { return fmt.Sprintf("%.4g %%", 100*s.Float64()) }
+func percent(share float64) string { return fmt.Sprintf("%.4g%%", 100*share) }
+
+// dispatch returns the rules that lead to a frontend's endpoints, as evidence:
+// the one that names the frontend, and the first of the chain it enters.
+func (e *entry) dispatch() []RuleRef {
+	const most = 16
+	rules := []RuleRef{e.rule}
+	if e.target != nil {
+		for i := range min(e.target.Len(), most) {
+			rules = append(rules, RuleRef{e.rule.Table, e.target, i})
+		}
+	}
+	return rules
+}
 
 // frontend judges the routes of one frontend.
 func (f *finder) frontend(e *entry, missing map[Class]bool) {
 	name := frontendText(e.front)
 	for _, l := range e.facts.fell {
-		if missing[l.class] {
-			continue
+		l.classes = slices.DeleteFunc(l.classes, func(c Class) bool { return missing[c] })
+		if len(l.classes) > 0 {
+			f.add(FallThrough, Error, e.dispatch(), "%s: %s of new connections from %s pass %s without reaching an endpoint, and go on as if the Service did not exist",
+				name, percent(l.share.Float64()), classTexts(l.classes)+inSources(l.sources), targetName(e))
 		}
-		rules := []RuleRef{e.rule}
-		f.add(FallThrough, Error, rules, "%s: %s of new connections from %s pass %s without reaching an endpoint, and go on to the address of the Service itself",
-			name, percent(l.share), classText(l.class), targetName(e))
 	}
 	for _, r := range e.routes {
-		f.shares(name, r)
+		f.shares(name, e, r)
 		if len(r.Unknown) > 0 {
-			f.add(UnknownMatch, Warning, r.Unknown, "%s: where connections from %s go depends on a rule that cannot be decided", name, classTexts(r.From))
+			f.add(UnknownMatch, Warning, r.Unknown, "%s: where connections from %s go depends on a rule that cannot be decided", name, classTexts(r.From)+inSources(r.Sources))
 		}
 	}
 	if len(e.facts.untracked) > 0 {
@@ -209,15 +244,29 @@ func classText(c Class) string {
 }
 
 func classTexts(list []Class) string {
+	if len(list) == len(Classes) {
+		return "anywhere"
+	}
 	var out []string
 	for _, c := range list {
 		out = append(out, classText(c))
 	}
-	return strings.Join(out, ", ")
+	return strings.Join(out, " and ")
+}
+
+func inSources(list []netip.Prefix) string {
+	if len(list) == 0 {
+		return ""
+	}
+	var out []string
+	for _, p := range list {
+		out = append(out, p.String())
+	}
+	return " in " + strings.Join(out, ", ")
 }
 
 // shares judges whether the endpoints of a route get equal shares.
-func (f *finder) shares(name string, r Route) {
+func (f *finder) shares(name string, e *entry, r Route) {
 	if len(r.Endpoints) < 2 || len(r.Unknown) > 0 {
 		return
 	}
@@ -235,8 +284,8 @@ func (f *finder) shares(name string, r Route) {
 	if high.Share.Float64()-mean < tolerance && mean-low.Share.Float64() < tolerance {
 		return
 	}
-	f.add(SharesUneven, Warning, nil, "%s: of new connections from %s, %s gets %s and %s gets %s, where each of %d should get %.4g %%",
-		name, classTexts(r.From), high.Address, percent(high.Share), low.Address, percent(low.Share), len(r.Endpoints), 100*mean)
+	f.add(SharesUneven, Warning, e.dispatch(), "%s: of new connections from %s, %s gets %s and %s gets %s, where each of %d should get %s",
+		name, classTexts(r.From)+inSources(r.Sources), high.Address, percent(high.Share.Float64()), low.Address, percent(low.Share.Float64()), len(r.Endpoints), percent(mean))
 }
 
 // unreadable reports tables that could not be read, and parts that are missing
@@ -324,16 +373,12 @@ var hookJumps = []hookJump{
 func (f *finder) hooks() {
 	f.missingHooks = map[Class]bool{}
 	for _, t := range f.view.rules.Tables {
-		reach := map[netfilter.Hook]map[netfilter.ChainID]bool{}
 		for _, j := range hookJumps {
 			c := t.Lookup(j.chain)
 			if t.Name != j.table || c == nil || c.Len() == 0 {
 				continue
 			}
-			if reach[j.hook] == nil {
-				reach[j.hook] = reachable(t, j.hook)
-			}
-			if reach[j.hook][c.ID] {
+			if leads(t, j.hook, c) {
 				continue
 			}
 			who := map[netfilter.Hook]string{
@@ -353,34 +398,35 @@ func (f *finder) hooks() {
 	}
 }
 
-// reachable returns the chains of a table that jumps lead to from a hook.
-func reachable(t *netfilter.Table, h netfilter.Hook) map[netfilter.ChainID]bool {
-	seen := map[netfilter.ChainID]bool{}
+// leads reports whether jumps lead from a hook to a chain.
+func leads(t *netfilter.Table, h netfilter.Hook, to *netfilter.Chain) bool {
+	seen := make([]bool, t.NameCount())
 	var queue []*netfilter.Chain
 	for _, c := range t.Chains() {
 		if c.Base != nil && c.Base.Hook == h {
-			seen[c.ID] = true
 			queue = append(queue, c)
 		}
 	}
 	for len(queue) > 0 {
 		c := queue[0]
 		queue = queue[1:]
+		if c == to {
+			return true
+		}
 		for i := range c.Len() {
 			rule := c.Rule(i)
 			if len(rule) == 0 {
 				continue
 			}
 			e := rule[len(rule)-1]
-			if e.Kind != netfilter.Jump && e.Kind != netfilter.Goto {
+			if e.Kind != netfilter.Jump && e.Kind != netfilter.Goto || seen[e.A] {
 				continue
 			}
-			id := netfilter.ChainID(e.A)
-			if next := t.ByID(id); next != nil && !seen[id] {
-				seen[id] = true
+			seen[e.A] = true
+			if next := t.ByID(netfilter.ChainID(e.A)); next != nil {
 				queue = append(queue, next)
 			}
 		}
 	}
-	return seen
+	return false
 }

@@ -208,7 +208,7 @@ func (f *finder) nothing() {
 	case prefix("ANTREA-") && !named("KUBE-SERVICES"):
 		f.add(ProxyModeUnsupported, Warning, nil, "Antrea handles Services in Open vSwitch: the shares are not in netfilter (see antctl get ovsflows)")
 	case named("KUBE-SERVICES"):
-		f.add(ProxyModeUnsupported, Error, nil, "kube-proxy's chains are there, but hold no Service: it has not finished its first sync, cannot reach the API server, or its rules were flushed")
+		f.add(ProxyModeUnsupported, Error, nil, "kube-proxy's chains are there, but hold no Service: it has not finished its first sync, cannot reach the API server, or its rules were flushed; or no Service has an address of this family")
 	case prefix("cali-"):
 		f.add(ProxyModeUnsupported, Warning, nil, "no chain of kube-proxy is there: with Calico, the eBPF dataplane probably handles Services")
 	case prefix("KUBE-ROUTER-"):

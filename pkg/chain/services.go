@@ -64,8 +64,9 @@ type Route struct {
 	// sources that no other route of the class names.
 	Sources []netip.Prefix
 	Verdict RouteVerdict
-	// Masquerade says that the source becomes an address of the node. Where
-	// that is so for some endpoints only, each endpoint says it for itself.
+	// Masquerade says that the source of connections that reach an endpoint
+	// becomes an address of the node. Where that is so for some endpoints only,
+	// each endpoint says it for itself.
 	Masquerade bool
 	Endpoints  []Endpoint // by address
 	// Undelivered is the share that reaches no endpoint.
@@ -397,8 +398,9 @@ func onlyMarks(c *netfilter.Chain) bool {
 
 // resolver walks the frontends, one after the other.
 type resolver struct {
-	view *View
-	run  run
+	view    *View
+	run     run
+	scratch []Endpoint // of the route being worked out
 }
 
 // resolve walks a frontend for every source class, and for every source range
@@ -409,20 +411,19 @@ func (x *resolver) resolve(e *entry) {
 		to = netip.AddrPortFrom(x.nodeAddress(e.front), e.front.Port)
 	}
 	var ranges []netip.Prefix
-	byClass := make(map[Class]Route, len(Classes))
-	for _, class := range Classes {
+	var of [3]int // the route of each class
+	for i, class := range Classes {
 		packet, ok := x.view.Packet(class, to, e.service.Protocol)
 		if !ok {
 			return
 		}
-		route := x.walk(e, packet, class)
-		byClass[class] = route
+		route := x.walk(e, packet, class, nil)
 		for _, s := range x.run.sensitive {
 			if !slices.Contains(ranges, s.prefix) {
 				ranges = append(ranges, s.prefix)
 			}
 		}
-		e.routes = addRoute(e.routes, route)
+		e.routes, of[i] = addRoute(e.routes, route)
 	}
 	var special []Route
 	for _, p := range ranges {
@@ -431,12 +432,11 @@ func (x *resolver) resolve(e *entry) {
 		if general, _ := x.view.Packet(class, to, e.service.Protocol); p.Contains(general.Source) {
 			continue // the class as a whole was walked with such a source
 		}
-		route := x.walk(e, packet, class)
-		if sameFate(byClass[class], route) {
+		route := x.walk(e, packet, class, []netip.Prefix{p})
+		if sameFate(e.routes[of[slices.Index(Classes, class)]], route) {
 			continue
 		}
-		route.Sources = []netip.Prefix{p}
-		special = addRoute(special, route)
+		special, _ = addRoute(special, route)
 	}
 	e.routes = append(e.routes, special...)
 }
@@ -465,7 +465,8 @@ func representative(p netip.Prefix) netip.Addr {
 }
 
 // addRoute appends a route, or puts its sources to one with the same answer.
-func addRoute(routes []Route, r Route) []Route {
+// It returns which one that is.
+func addRoute(routes []Route, r Route) ([]Route, int) {
 	for i := range routes {
 		if !sameFate(routes[i], r) || len(routes[i].Sources) > 0 && !slices.Equal(routes[i].From, r.From) {
 			continue
@@ -475,9 +476,10 @@ func addRoute(routes []Route, r Route) []Route {
 		} else {
 			routes[i].From = append(routes[i].From, r.From...)
 		}
-		return routes
+		return routes, i
 	}
-	return append(routes, r)
+	r.Endpoints = slices.Clone(r.Endpoints) // from the scratch list
+	return append(routes, r), len(routes)
 }
 
 // sameFate reports whether two routes say the same.
@@ -489,7 +491,7 @@ func sameFate(a, b Route) bool {
 }
 
 // walk follows one packet to a frontend and sums up what becomes of it.
-func (x *resolver) walk(e *entry, p netfilter.Packet, class Class) Route {
+func (x *resolver) walk(e *entry, p netfilter.Packet, class Class, sources []netip.Prefix) Route {
 	r := &x.run
 	r.reset(p)
 	r.natOnly, r.collect, r.watch = true, true, e.target
@@ -497,24 +499,25 @@ func (x *resolver) walk(e *entry, p netfilter.Packet, class Class) Route {
 	if e.affinity == 0 {
 		e.affinity = r.affinity
 	}
-	route := Route{From: []Class{class}}
+	route := Route{From: []Class{class}, Sources: sources}
 	if len(worlds) == 1 {
-		route.Endpoints, route.Undelivered = endpoints(worlds[0].ends)
+		x.scratch, route.Undelivered = endpoints(x.scratch[:0], worlds[0].ends)
+		route.Endpoints = x.scratch
 	} else {
 		route.Endpoints, route.Undelivered = bounds(worlds)
 		route.Unknown = influential(worlds)
 	}
 	route.Unknown = append(route.Unknown, r.ignored...)
-	route.Verdict = sumUp(worlds, route)
+	route.Verdict = sumUp(worlds)
 	for _, ep := range route.Endpoints {
 		route.Masquerade = route.Masquerade || ep.Masquerade
 	}
-	e.facts.add(x.view, class, worlds, r)
+	e.facts.add(x.view, class, sources, worlds, r)
 	return route
 }
 
 // sumUp returns the one verdict of all ends, or mixed.
-func sumUp(worlds []world, route Route) RouteVerdict {
+func sumUp(worlds []world) RouteVerdict {
 	var sum RouteVerdict
 	for _, w := range worlds {
 		for i := range w.ends {
@@ -531,8 +534,8 @@ func sumUp(worlds []world, route Route) RouteVerdict {
 	return sum
 }
 
-// endpoints sums up the ends of one walk by address.
-func endpoints(ends []end) (list []Endpoint, undelivered Share) {
+// endpoints sums up the ends of one walk by address, appending to list.
+func endpoints(list []Endpoint, ends []end) (_ []Endpoint, undelivered Share) {
 	for i := range ends {
 		s := &ends[i]
 		if s.verdict != DNAT {
@@ -566,7 +569,7 @@ func bounds(worlds []world) (list []Endpoint, undelivered Share) {
 	at := map[netip.AddrPort]int{}
 	seen := map[netip.AddrPort]int{}
 	for _, w := range worlds {
-		eps, lost := endpoints(w.ends)
+		eps, lost := endpoints(nil, w.ends)
 		if lost.Cmp(undelivered) > 0 {
 			undelivered = lost
 		}

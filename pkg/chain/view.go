@@ -177,46 +177,14 @@ func detectPods(rs *netfilter.Ruleset) (cidrs []netip.Prefix, interfaces []strin
 // choosePackets picks a source address for each class that no rule names, so
 // that it fares as most of its class do.
 func (v *View) choosePackets(fv *familyView) {
-	named := v.namedSources(fv.family)
-	fv.sources = map[Class]netip.Addr{External: firstUnnamed(externalCandidates(fv.family), named)}
+	external, own, pod := externalCandidates(fv.family), nodeCandidates(fv.family), v.podCandidates(fv.family)
+	named := v.namedSources(fv.family, external, own, pod)
+	fv.sources = map[Class]netip.Addr{External: named.firstUnnamed(external), Pod: named.firstUnnamed(pod)}
 	fv.sources[Host] = v.node.address(fv.family)
 	if fv.sources[Host].IsLoopback() {
-		own := firstUnnamed(nodeCandidates(fv.family), named)
-		v.node.Local = append(v.node.Local, own)
-		fv.sources[Host] = own
+		fv.sources[Host] = named.firstUnnamed(own)
+		v.node.Local = append(v.node.Local, fv.sources[Host])
 	}
-	fv.sources[Pod] = firstUnnamed(v.podCandidates(fv.family), named)
-}
-
-// namedSources returns the ranges that rules ask of a source, single addresses
-// apart from the others.
-func (v *View) namedSources(f netfilter.Family) *sourceRanges {
-	out := &sourceRanges{single: map[netip.Addr]bool{}, wide: map[netip.Prefix]bool{}}
-	for _, t := range v.rules.Tables {
-		if t.Family != f {
-			continue
-		}
-		for _, c := range t.Chains() {
-			for i := range c.Len() {
-				for _, e := range c.Rule(i) {
-					if e.Kind != netfilter.Source {
-						continue
-					}
-					if p, ok := c.CIDR(e); ok && p.IsSingleIP() {
-						out.single[p.Addr()] = true
-					} else if ok && p.Bits() > 0 {
-						out.wide[p.Masked()] = true
-					}
-				}
-			}
-		}
-	}
-	return out
-}
-
-type sourceRanges struct {
-	single map[netip.Addr]bool
-	wide   map[netip.Prefix]bool
 }
 
 // candidate is an address, within a range that may be named as a whole.
@@ -225,25 +193,68 @@ type candidate struct {
 	within netip.Prefix
 }
 
-// firstUnnamed returns the first candidate that no rule singles out; if all
-// are, the first.
-func firstUnnamed(candidates []candidate, named *sourceRanges) netip.Addr {
-	for _, c := range candidates {
-		if named.single[c.addr] {
+// sourceRanges are what rules ask of a source: of single addresses, those that
+// are candidates.
+type sourceRanges struct {
+	single map[netip.Addr]bool
+	wide   map[netip.Prefix]bool
+}
+
+func (v *View) namedSources(f netfilter.Family, lists ...[]candidate) *sourceRanges {
+	out := &sourceRanges{single: map[netip.Addr]bool{}, wide: map[netip.Prefix]bool{}}
+	for _, list := range lists {
+		for _, c := range list {
+			out.single[c.addr] = false
+		}
+	}
+	for _, t := range v.rules.Tables {
+		if t.Family != f {
 			continue
 		}
-		free := true
-		for p := range named.wide {
-			if p.Contains(c.addr) && !(c.within.IsValid() && p.Bits() <= c.within.Bits()) {
-				free = false
-				break
+		for _, c := range t.Chains() {
+			for i := range c.Len() {
+				for _, e := range c.Rule(i) {
+					if e.Kind == netfilter.Source {
+						out.add(c, e)
+					}
+				}
 			}
 		}
-		if free {
+	}
+	return out
+}
+
+func (s *sourceRanges) add(c *netfilter.Chain, e netfilter.Expr) {
+	p, ok := c.CIDR(e)
+	switch {
+	case !ok || p.Bits() == 0:
+	case !p.IsSingleIP():
+		s.wide[p.Masked()] = true
+	default:
+		if named, isCandidate := s.single[p.Addr()]; isCandidate && !named {
+			s.single[p.Addr()] = true
+		}
+	}
+}
+
+// firstUnnamed returns the first candidate that no rule singles out; if all
+// are, the first.
+func (s *sourceRanges) firstUnnamed(list []candidate) netip.Addr {
+	for _, c := range list {
+		if !s.single[c.addr] && !s.singlesOut(c) {
 			return c.addr
 		}
 	}
-	return candidates[0].addr
+	return list[0].addr
+}
+
+func (s *sourceRanges) singlesOut(c candidate) bool {
+	for p := range s.wide {
+		if p.Contains(c.addr) && !(c.within.IsValid() && p.Bits() <= c.within.Bits()) {
+			return true
+		}
+	}
+	return false
 }
 
 // externalCandidates are addresses of documentation and benchmark ranges, then

@@ -128,25 +128,23 @@ type sensitivity struct {
 	prefix netip.Prefix
 }
 
-// outcomes walks the packet through the whole of netfilter.
-func (r *run) outcomes() []end {
-	first := state{to: netip.AddrPortFrom(r.packet.Destination, r.packet.Port), share: whole()}
-	var sent []state
+// outcomes walks the packet through the whole of netfilter, to r.ends.
+func (r *run) outcomes() {
+	enters := netfilter.Prerouting
 	if r.packet.FromHost {
-		sent = r.hook(netfilter.Output, []state{first})
-	} else {
-		sent = r.hook(netfilter.Prerouting, []state{first})
+		enters = netfilter.Output
 	}
+	sent := r.hook(enters, append(r.take(), state{to: netip.AddrPortFrom(r.packet.Destination, r.packet.Port), share: whole()}))
 	for _, s := range sent {
 		r.route(s)
 	}
-	return r.ends
+	r.give(sent)
 }
 
 // route walks what nat has decided on to its end: the kernel routes it by the
 // new destination, and the filter chains see that one only.
 func (r *run) route(s state) {
-	one := []state{s}
+	one := append(r.take(), s)
 	local := r.view.node.isLocal(s.to.Addr())
 	switch {
 	case r.packet.FromHost:
@@ -173,6 +171,7 @@ func (r *run) route(s state) {
 			r.finish(s, None)
 		}
 	}
+	r.give(one)
 }
 
 // martian reports whether the kernel drops a packet of 127.0.0.0/8 that nat
@@ -190,6 +189,7 @@ func (r *run) finish(s state, v Verdict) {
 }
 
 // hook runs every base chain of the hook and returns what goes on behind it.
+// It takes over the slice.
 func (r *run) hook(h netfilter.Hook, live []state) []state {
 	for i := range live {
 		live[i].hook = h
@@ -203,6 +203,7 @@ func (r *run) hook(h netfilter.Hook, live []state) []state {
 			live = r.base(base, live)
 		}
 		live = append(live, skipped...)
+		r.give(skipped)
 	}
 	return live
 }
@@ -217,6 +218,7 @@ func (r *run) natAsks(h netfilter.Hook, live []state) (asked, skipped []state) {
 	if len(live) == 1 && !live[0].has(done|notTracked) && !(h == netfilter.Prerouting && r.packet.FromHost) {
 		return live, nil
 	}
+	asked, skipped = live[:0], r.take()
 	for _, s := range live {
 		// A connection of the node itself was decided on in OUTPUT.
 		if s.has(done|notTracked) || h == netfilter.Prerouting && r.packet.FromHost {
@@ -228,9 +230,10 @@ func (r *run) natAsks(h netfilter.Hook, live []state) (asked, skipped []state) {
 	return asked, skipped
 }
 
-// base runs one base chain, and its policy for what comes back.
+// base runs one base chain, and its policy for what comes back. It takes over
+// the slice.
 func (r *run) base(b netfilter.BaseChain, live []state) []state {
-	var passed []state
+	passed := r.take()
 	back := r.chain(b.Table, b.Chain, live, &passed)
 	policy := RuleRef{b.Table, b.Chain, b.Len()}
 	for _, s := range back {
@@ -241,11 +244,13 @@ func (r *run) base(b netfilter.BaseChain, live []state) []state {
 		}
 		passed = append(passed, s)
 	}
+	r.give(back)
 	return passed
 }
 
 // chain runs the rules of one chain. It returns what falls off its end or
-// returns, and appends to passed what leaves the base chain accepted.
+// returns, and appends to passed what leaves the base chain accepted. It takes
+// over the slice.
 func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed *[]state) []state {
 	if c == r.watch {
 		for i := range live {
@@ -253,15 +258,12 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 		}
 	}
 	r.stack = append(r.stack, c)
-	defer func() { r.stack = r.stack[:len(r.stack)-1] }()
-
-	var back []state
+	more, back := r.take(), r.take() // what comes back from jumps, and what returns to the caller
 	rules := r.family.index(t, c).rules(c, live[0].to.Addr(), r.packet.Protocol, live[0].to.Port())
 	for i := rules.step(); i >= 0 && len(live) > 0 && r.undecided == nil; i = rules.step() {
 		ref := RuleRef{t, c, i}
 		rule := c.Rule(i)
 		kept := live[:0]
-		var more []state // what comes back from a jump of this rule
 		for _, s := range live {
 			p, ok := r.matches(ref, rule, &s)
 			if !ok {
@@ -281,8 +283,13 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 			r.act(ref, rule[len(rule)-1], p, taken, &more, &back, passed)
 		}
 		live = join(kept, more)
+		more = more[:0]
 	}
-	return join(live, back)
+	r.stack = r.stack[:len(r.stack)-1]
+	live = join(live, back)
+	r.give(more)
+	r.give(back)
+	return live
 }
 
 // join puts states together that have the same future.
@@ -333,7 +340,7 @@ func (r *run) matches(ref RuleRef, rule []netfilter.Expr, s *state) (p chance, o
 		r.sense(ref.Chain, rule[bySource])
 		return p, false
 	}
-	if open && !r.suppose(ref, rule, s) {
+	if open && !r.suppose(ref, rule) {
 		return p, false
 	}
 	return p, true
@@ -354,7 +361,7 @@ func (r *run) sense(c *netfilter.Chain, e netfilter.Expr) {
 }
 
 // suppose says how a rule that cannot be decided is taken in this run.
-func (r *run) suppose(ref RuleRef, rule []netfilter.Expr, s *state) bool {
+func (r *run) suppose(ref RuleRef, rule []netfilter.Expr) bool {
 	if last := rule[len(rule)-1]; last.IsMatch() || last.Kind == netfilter.NoEffect {
 		return false // matching or not makes no difference
 	}
@@ -505,10 +512,9 @@ func (r *run) enter(ref RuleRef, e netfilter.Expr, s state, next, back, passed *
 		*rest = append(*rest, s)
 		return
 	}
-	live := append(r.take(), s)
-	out := r.chain(ref.Table, target, live, passed)
+	out := r.chain(ref.Table, target, append(r.take(), s), passed)
 	*rest = append(*rest, out...)
-	r.give(live)
+	r.give(out)
 }
 
 // take and give keep a stock of slices, since every jump needs one.
@@ -521,4 +527,8 @@ func (r *run) take() []state {
 	return make([]state, 0, 4)
 }
 
-func (r *run) give(s []state) { r.spare = append(r.spare, s[:0]) }
+func (r *run) give(s []state) {
+	if cap(s) > 0 {
+		r.spare = append(r.spare, s[:0])
+	}
+}

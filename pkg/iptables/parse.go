@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/netip"
 	"strconv"
+	"strings"
 
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -211,6 +212,7 @@ func Merge(sets ...*netfilter.Ruleset) (*netfilter.Ruleset, error) {
 			out.Tables = append(out.Tables, t)
 		}
 		out.Unreadable = append(out.Unreadable, s.Unreadable...)
+		out.Torn = out.Torn || s.Torn
 	}
 	return out, nil
 }
@@ -232,6 +234,9 @@ func (p *parser) declare(line []byte) error {
 }
 
 func (p *parser) declareChain(name, policy string, counter netfilter.Counter) error {
+	if name == "" || strings.ContainsAny(name, " \t\"!") || name[0] == '-' {
+		return p.errorf("%q is not a name for a chain", name)
+	}
 	if p.table.Lookup(name) != nil {
 		return p.errorf("chain %q is declared twice", name)
 	}
@@ -288,13 +293,29 @@ func (p *parser) rule(line []byte) error {
 			if !p.listing {
 				return p.errorf("rule for chain %q, which table %q does not declare", name, p.table.Name)
 			}
-			p.chain = p.table.Declare(string(name))
+			if err := p.declareListed(string(name)); err != nil {
+				return err
+			}
 		}
 	}
 	rp := ruleParser{table: p.table, chain: p.chain, line: line, tokens: p.tokens[2:], counter: counter}
 	if err := rp.parse(); err != nil {
 		return p.errorf("%v: %s", err, excerpt(line))
 	}
+	return nil
+}
+
+// declareListed declares a chain of an iptables -S output of which only the
+// rules were listed.
+func (p *parser) declareListed(name string) error {
+	policy := "-"
+	if _, isBuiltin := builtin[p.table.Name][name]; isBuiltin {
+		policy = "ACCEPT"
+	}
+	if err := p.declareChain(name, policy, netfilter.Counter{}); err != nil {
+		return err
+	}
+	p.chain = p.table.Lookup(name)
 	return nil
 }
 

@@ -27,6 +27,9 @@ type Ruleset struct {
 	// Unreadable are the tables that exist but could not be read. No answer
 	// about them is ever "no rules".
 	Unreadable []Unreadable
+	// Torn says that the rules kept changing while they were read, so that
+	// parts of it may be older than others.
+	Torn bool
 }
 
 // Unreadable is a table that exists but whose rules the reader cannot tell.

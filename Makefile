@@ -1,0 +1,54 @@
+# natlens needs only Go. The tests that load rules into a kernel also need root
+# and Debian's iptables, nftables and nfacct; without them they are skipped.
+
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+ARGS     ?= demo
+BENCH    ?= .
+FUZZTIME ?= 60s
+
+LDFLAGS := -s -w -X main.version=$(VERSION)
+# -race needs a C compiler; without one the go command turns cgo off.
+RACE     = $(if $(filter 0,$(shell go env CGO_ENABLED)),,-race)
+# The linters have a module of their own, so that they weigh on nobody else's.
+TOOL    := go tool -modfile=tools/go.mod
+
+# Where iptables lives; an ordinary user's PATH leaves it out.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Print this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## Build bin/agent and bin/echo, static (VERSION=v1.2.3 sets the version)
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/agent ./cmd/echo
+
+.PHONY: run
+run: build ## Run the demo, best as root; with ARGS, the agent: make run ARGS='doctor'
+	bin/agent $(ARGS)
+
+.PHONY: test
+test: ## Run all tests, with the race detector (TESTFLAGS='-run TestX -v')
+	$(if $(RACE),,@echo 'make test: no C compiler here, so no race detector')
+	go test $(RACE) $(TESTFLAGS) ./...
+
+.PHONY: lint
+lint: ## Check format, modules, vet, linters and which package imports what
+	@files=$$(gofmt -l .); [ -z "$$files" ] || { echo "not formatted by gofmt:"; echo "$$files"; exit 1; }
+	go mod tidy -diff
+	go vet ./...
+	$(TOOL) golangci-lint run
+
+.PHONY: bench
+bench: ## Run the benchmarks (BENCH=regexp picks some)
+	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
+
+.PHONY: fuzz
+fuzz: ## Fuzz the iptables-save parser (FUZZTIME=60s)
+	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) ./pkg/iptables
+
+.PHONY: clean
+clean: ## Remove bin/
+	rm -rf bin

@@ -1,0 +1,136 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/natlens/natlens/internal/metrics"
+	"github.com/natlens/natlens/internal/snapshot"
+	"github.com/natlens/natlens/internal/web"
+)
+
+// serveOptions are the flags of serve.
+type serveOptions struct {
+	listen          string
+	interval        time.Duration
+	endpointMetrics bool
+	logFormat       string
+}
+
+func newServe() *cobra.Command {
+	var src source
+	var opts serveOptions
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "The node agent: JSON, metrics and a page over HTTP",
+		Long: `Serve reads the rules again and again, and serves what they mean over HTTP. It
+listens on loopback unless told otherwise: the rules map the whole cluster.`,
+		Args: exactly(0, 0, "no argument"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := src.check(cmd); err != nil {
+				return err
+			}
+			log, err := newLog(cmd.ErrOrStderr(), opts.logFormat)
+			if err != nil {
+				return err
+			}
+			if opts.interval < time.Second {
+				return usageError{fmt.Errorf("--interval %v: at least 1s", opts.interval)}
+			}
+			for _, f := range src.files {
+				if f == "-" {
+					return usageError{errors.New("serve reads its files again and again, which stdin does not allow")}
+				}
+			}
+			return serve(cmd.Context(), src, opts, log)
+		},
+	}
+	fs := cmd.Flags()
+	fs.StringVar(&opts.listen, "listen", "127.0.0.1:9754", "`ADDRESS:PORT` to serve on, in plain HTTP")
+	fs.DurationVar(&opts.interval, "interval", 5*time.Second, "pause between two readings; longer when a reading takes long")
+	fs.BoolVar(&opts.endpointMetrics, "endpoint-metrics", false, "a metric series for each endpoint: very many on a large cluster")
+	fs.StringVar(&opts.logFormat, "log-format", "text", "text or json")
+	src.addFlags(fs)
+	return cmd
+}
+
+func newLog(w io.Writer, format string) (*slog.Logger, error) {
+	switch format {
+	case "text":
+		return slog.New(slog.NewTextHandler(w, nil)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(w, nil)), nil
+	}
+	return nil, usageError{fmt.Errorf("--log-format %q: want text or json", format)}
+}
+
+func serve(ctx context.Context, src source, opts serveOptions, log *slog.Logger) error {
+	reader, backend, about, err := src.open()
+	if err != nil {
+		return err
+	}
+	keeper := &snapshot.Keeper{Reader: reader, Node: about, Name: src.name, Backend: backend, Interval: opts.interval, Log: log}
+	ln, err := net.Listen("tcp", opts.listen)
+	if err != nil {
+		return fmt.Errorf("%w: choose another with --listen", err)
+	}
+	log.Info("serving", "address", ln.Addr().String(), "version", versionText())
+	return serveOn(ctx, ln, keeper, opts.endpointMetrics, log)
+}
+
+// serveOn keeps the snapshot fresh and answers requests until the context
+// ends; requests in flight finish.
+func serveOn(ctx context.Context, ln net.Listener, keeper *snapshot.Keeper, endpointMetrics bool, log *slog.Logger) error {
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(metrics.New(keeper, versionText(), endpointMetrics),
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	// base ends the event streams, which Shutdown would wait for.
+	base, end := context.WithCancel(context.Background())
+	defer end()
+	server := &http.Server{
+		Handler: web.NewHandler(web.Config{
+			Source: keeper, Version: versionText(), Log: log,
+			Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{EnableOpenMetrics: true, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelError)}),
+		}),
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      time.Minute,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		BaseContext:       func(net.Listener) context.Context { return base },
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		keeper.Run(ctx)
+		return nil
+	})
+	g.Go(func() error {
+		if err := server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	})
+	g.Go(func() error {
+		<-ctx.Done()
+		log.Info("stopping")
+		end()
+		const patience = 10 * time.Second
+		last, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		return server.Shutdown(last)
+	})
+	return g.Wait()
+}

@@ -1,0 +1,148 @@
+package snapshot
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/natlens/natlens/pkg/chain"
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// Reader reads all rules of the node. It is called by one goroutine at a time.
+type Reader interface {
+	Read(ctx context.Context) (*netfilter.Ruleset, error)
+}
+
+// Keeper reads the node again and again, and keeps the latest snapshot.
+type Keeper struct {
+	Reader   Reader
+	Node     func() (chain.Node, error) // asked before each reading: addresses come and go
+	Name     string                     // of the node
+	Backend  string                     // for Build
+	Interval time.Duration              // from the end of one reading to the start of the next
+	Log      *slog.Logger
+
+	current atomic.Pointer[Snapshot]
+	reads   atomic.Uint64
+	failed  atomic.Uint64
+	changes atomic.Uint64
+
+	mu      sync.Mutex
+	waiting map[chan struct{}]bool
+}
+
+// busyShare bounds the part of the time that is spent reading: the pause after
+// a reading is at least so many times as long as the reading was.
+const busyShare = 10
+
+// Snapshot returns the latest snapshot; nil before the first reading worked.
+func (k *Keeper) Snapshot() *Snapshot { return k.current.Load() }
+
+// Reads returns how many readings worked and failed since the start.
+func (k *Keeper) Reads() (ok, failed uint64) { return k.reads.Load(), k.failed.Load() }
+
+// Changes returns how many readings found other rules than the one before.
+func (k *Keeper) Changes() uint64 { return k.changes.Load() }
+
+// Run reads until the context ends.
+func (k *Keeper) Run(ctx context.Context) {
+	for {
+		start := time.Now()
+		_ = k.Refresh(ctx) // logged, and shown in every output
+		pause := max(k.Interval, busyShare*time.Since(start))
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+	}
+}
+
+// Refresh reads once. When that fails, the last good snapshot stays, marked
+// stale.
+func (k *Keeper) Refresh(ctx context.Context) error {
+	start := time.Now()
+	next, err := k.read(ctx, start)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	last := k.current.Load()
+	if err != nil {
+		k.failed.Add(1)
+		k.Log.Error("reading the rules failed; the last good view stays", "error", err)
+		if last != nil {
+			old := *last
+			old.Stale, old.Error, old.Checked = true, err.Error(), start
+			k.publish(&old, !last.Stale)
+		}
+		return err
+	}
+	k.reads.Add(1)
+	next.Took = time.Since(start)
+	changed := last == nil || last.digest != next.digest
+	if last != nil {
+		next.Version = last.Version
+		for key := range next.Since {
+			if t, ok := last.Since[key]; ok {
+				next.Since[key] = t
+			}
+		}
+	}
+	if changed {
+		next.Version++
+		if last != nil {
+			k.changes.Add(1)
+		}
+		k.Log.Info("the rules changed", "services", len(next.Programmed.Services), "rules", next.Rules.RuleCount(), "findings", len(next.Since), "took", next.Took)
+	}
+	k.publish(next, changed || last.Stale)
+	return nil
+}
+
+func (k *Keeper) read(ctx context.Context, now time.Time) (*Snapshot, error) {
+	rs, err := k.Reader.Read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	node, err := k.Node()
+	if err != nil {
+		return nil, err
+	}
+	return Build(rs, node, k.Name, k.Backend, now), nil
+}
+
+// publish makes a snapshot the current one, and wakes who waits for news.
+func (k *Keeper) publish(s *Snapshot, news bool) {
+	k.current.Store(s)
+	if !news {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for c := range k.waiting {
+		select {
+		case c <- struct{}{}:
+		default: // it has not taken the last news yet
+		}
+	}
+}
+
+// Subscribe returns a channel that gets a value after each snapshot that says
+// something new, and a function to end it.
+func (k *Keeper) Subscribe() (news <-chan struct{}, end func()) {
+	c := make(chan struct{}, 1)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.waiting == nil {
+		k.waiting = map[chan struct{}]bool{}
+	}
+	k.waiting[c] = true
+	return c, func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		delete(k.waiting, c)
+	}
+}

@@ -1,0 +1,114 @@
+package snapshot
+
+import (
+	"fmt"
+	"hash/fnv"
+	"time"
+
+	"github.com/natlens/natlens/pkg/chain"
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// BackendFile is the backend of a snapshot that was read from a dump.
+const BackendFile = "file"
+
+// Snapshot is everything known of the node at one moment.
+type Snapshot struct {
+	Node       string
+	Time       time.Time // when the rules were read
+	Backend    string    // of the table that holds the Services; "file" for a dump
+	Rules      *netfilter.Ruleset
+	View       *chain.View
+	Programmed *chain.Programmed
+	Took       time.Duration // for reading and resolving
+	// Since tells when each finding was first seen, by [FindingKey].
+	Since map[string]time.Time
+	// Stale says that newer readings failed, and Error why; Checked is the time
+	// of the last attempt.
+	Stale   bool
+	Error   string
+	Checked time.Time
+	// Version counts the snapshots of this process whose contents differed.
+	Version uint64
+	digest  uint64
+}
+
+// Build resolves a ruleset. The node's missing parts are taken from the rules.
+func Build(rs *netfilter.Ruleset, node chain.Node, name, backend string, now time.Time) *Snapshot {
+	s := &Snapshot{Node: name, Time: now, Checked: now, Backend: backend, Rules: rs}
+	s.View = chain.NewView(rs, node)
+	s.Programmed = s.View.Services()
+	if backend == "" {
+		s.Backend = backendOf(rs)
+	}
+	s.Since = map[string]time.Time{}
+	s.eachFinding(func(f *chain.Finding) { s.Since[FindingKey(f)] = now })
+	s.digest = s.sum()
+	return s
+}
+
+// backendOf names the backend whose tables hold kube-proxy's Services, or that
+// has any table at all.
+func backendOf(rs *netfilter.Ruleset) string {
+	any := ""
+	for _, t := range rs.Tables {
+		if c := t.Lookup("KUBE-SERVICES"); t.Name == "nat" && c != nil && c.Len() > 0 {
+			return string(t.Backend)
+		}
+		if any == "" {
+			any = string(t.Backend)
+		}
+	}
+	return any
+}
+
+// FindingKey identifies a finding across snapshots.
+func FindingKey(f *chain.Finding) string {
+	if f.Service == nil {
+		return string(f.Code) + " " + f.Message
+	}
+	return fmt.Sprintf("%s %s %s %s", f.Code, f.Service, f.Service.Protocol, f.Message)
+}
+
+func (s *Snapshot) eachFinding(do func(*chain.Finding)) {
+	for i := range s.Programmed.Findings {
+		do(&s.Programmed.Findings[i])
+	}
+	for i := range s.Programmed.Services {
+		for j := range s.Programmed.Services[i].Findings {
+			do(&s.Programmed.Services[i].Findings[j])
+		}
+	}
+}
+
+// Findings returns all findings, the node's first.
+func (s *Snapshot) Findings() []chain.Finding {
+	var out []chain.Finding
+	s.eachFinding(func(f *chain.Finding) { out = append(out, *f) })
+	return out
+}
+
+// sum digests what the snapshot says of the Services, without counters.
+func (s *Snapshot) sum() uint64 {
+	h := fnv.New64a()
+	for i := range s.Programmed.Services {
+		sv := &s.Programmed.Services[i]
+		fmt.Fprint(h, sv.ServicePort, sv.Protocol, sv.AffinitySeconds)
+		for j := range sv.Frontends {
+			f := &sv.Frontends[j]
+			fmt.Fprint(h, f.Type, f.Family, f.Address, f.Port, f.Accepted)
+			for k := range f.Routes {
+				r := &f.Routes[k]
+				fmt.Fprint(h, r.From, r.Sources, r.Verdict, r.Masquerade, r.Undelivered.Float64(), len(r.Unknown))
+				for _, e := range r.Endpoints {
+					fmt.Fprint(h, e.Address, e.Share.Float64(), e.Max.Float64(), e.Masquerade, e.Chain)
+				}
+			}
+		}
+	}
+	s.eachFinding(func(f *chain.Finding) { fmt.Fprint(h, FindingKey(f)) })
+	for _, t := range s.Rules.Tables {
+		fmt.Fprint(h, t.Family, t.Name, t.Backend, t.RuleCount())
+	}
+	return h.Sum64()
+}

@@ -1,0 +1,751 @@
+// The page prints what api/v1 says and adds nothing of its own. Whatever comes
+// from a rule is text: it goes into the document as text nodes only.
+
+const pageSize = 200; // Services shown before "show more"
+const manyEndpoints = 12; // of a route, shown before "show all"
+const pollEvery = 10_000; // ms: events tell of changes, polling of the time of the last reading
+const evenWithin = 1e-9; // shares that differ by less are the kernel's rounding
+
+const $ = (id) => document.getElementById(id);
+
+// el makes an element. Properties beginning with "on" are listeners, others
+// attributes; children are elements or text.
+function el(tag, props = {}, ...children) {
+  const e = document.createElement(tag);
+  for (const [k, v] of Object.entries(props)) {
+    if (v === undefined || v === false || v === null) continue;
+    if (k.startsWith("on")) e.addEventListener(k.slice(2), v);
+    else e.setAttribute(k, v === true ? "" : v);
+  }
+  e.append(...children.filter((c) => c !== undefined && c !== null && c !== false));
+  return e;
+}
+
+const plural = (n, one, many = one + "s") => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
+
+// percent never rounds something to nothing, nor nearly all to all.
+function percent(share) {
+  const p = 100 * share;
+  if (p === 0 || p === 100) return `${p} %`;
+  if (p < 0.01) return "< 0.01 %";
+  if (p >= 99.95) return "> 99.9 %";
+  const text = p < 10 ? p.toFixed(2) : p.toFixed(1);
+  return `${text.endsWith(".0") || text.endsWith(".00") ? text.split(".")[0] : text} %`;
+}
+
+const shareText = (e) => (e.maxShare === undefined ? percent(e.share) : `${percent(e.share).replace(" %", "")} to ${percent(e.maxShare)}`);
+
+function duration(seconds) {
+  const s = Math.max(0, Math.round(seconds));
+  if (s < 120) return `${s} s`;
+  if (s < 7200) return `${Math.round(s / 60)} min`;
+  if (s < 172_800) return `${Math.round(s / 3600)} h`;
+  return `${Math.round(s / 86_400)} days`;
+}
+
+const clock = (t) => new Date(t).toLocaleTimeString("en-GB");
+const hostPort = (address, port) => (address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`);
+const serviceName = (s) => (s.namespace ? `${s.namespace}/${s.name}` : s.name) + (s.port ? `:${s.port}` : "");
+const serviceKey = (s) => `${serviceName(s)} ${s.protocol}`;
+
+// ---- The agent ----
+
+let skew = 0; // ms that the agent's clock is ahead of the browser's
+let offline = ""; // why the last request got no answer
+
+class Refused extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function get(path) {
+  let answer;
+  try {
+    answer = await fetch(path, { headers: { Accept: "application/json" } });
+  } catch {
+    throw new Refused(0, "the agent cannot be reached");
+  }
+  const date = Date.parse(answer.headers.get("Date") ?? "");
+  if (date && answer.status !== 304) skew = date - Date.now();
+  const doc = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Refused(answer.status, doc.error?.message ?? `the agent answered ${answer.status}`);
+  return doc;
+}
+
+// ---- State: what the agent said last, and what the URL asks for ----
+
+let header = null;
+let services = []; // with their texts for the filter
+let findings = [];
+let shown = pageSize;
+let asked = { q: "", trace: "", from: "pod" };
+
+function readHash() {
+  const p = new URLSearchParams(location.hash.slice(1));
+  return { q: p.get("q") ?? "", trace: p.get("trace") ?? "", from: p.get("from") || "pod", to: p.get("endpoint") ?? "" };
+}
+
+function hashOf(want) {
+  const p = new URLSearchParams();
+  if (want.q) p.set("q", want.q);
+  if (want.trace) {
+    p.set("trace", want.trace);
+    p.set("from", want.from);
+    if (want.to) p.set("endpoint", want.to);
+  }
+  // Slashes and colons are fine in a fragment, and easier to read as they are.
+  return "#" + p.toString().replaceAll("%2F", "/").replaceAll("%3A", ":").replaceAll("%5B", "[").replaceAll("%5D", "]");
+}
+
+// go makes a step that the browser's back button undoes.
+function go(change) {
+  const hash = hashOf({ ...asked, ...change });
+  if (hash === (location.hash || "#")) apply();
+  else location.hash = hash;
+}
+
+function apply() {
+  const before = asked;
+  asked = readHash();
+  if ($("filter").value !== asked.q) $("filter").value = asked.q;
+  if (before.q !== asked.q) {
+    shown = pageSize;
+    showAll();
+  }
+  showTrace();
+}
+
+// ---- Loading ----
+
+let loading = 0;
+
+async function load(everything) {
+  const mine = ++loading;
+  try {
+    const [found, doc] = await Promise.all([get("api/v1/findings"), everything ? get("api/v1/services") : null]);
+    if (mine !== loading && !everything) return; // a newer request is on its way
+    offline = "";
+    header = found.snapshot;
+    findings = found.findings;
+    if (doc) {
+      services = doc.services.map((s) => ({ ...s, text: searchText(s), print: JSON.stringify(s) }));
+      header = newer(doc.snapshot, header);
+    }
+    showAll();
+  } catch (e) {
+    offline = e.message;
+  }
+  showHeader();
+}
+
+const newer = (a, b) => (Date.parse(a.time) > Date.parse(b.time) ? a : b);
+
+function searchText(s) {
+  const words = [serviceName(s), s.protocol, s.sessionAffinity ? "affinity" : ""];
+  for (const f of s.frontends) {
+    words.push(f.type, f.address ? hostPort(f.address, f.port) : `:${f.port}`);
+    for (const r of f.routes) {
+      words.push(r.verdict, verdicts[r.verdict]?.word ?? "", ...r.endpoints.map((e) => e.address));
+    }
+  }
+  for (const f of s.findings) words.push(f.code, f.severity);
+  return words.join(" ").toLowerCase();
+}
+
+// listen hears of every change at once. When the stream cannot be had, all is
+// asked for again and again.
+let live = false;
+
+function listen() {
+  const stream = new EventSource("api/v1/events");
+  stream.addEventListener("snapshot", () => load(true));
+  stream.onopen = () => setLive(true);
+  stream.onerror = () => {
+    setLive(false);
+    if (stream.readyState === EventSource.CLOSED) setTimeout(listen, pollEvery);
+  };
+}
+
+function setLive(now) {
+  if (live !== now) load(true);
+  live = now;
+  showHeader();
+}
+
+// ---- Header and alerts ----
+
+let loadedNode = null;
+
+function showHeader() {
+  const link = offline ? "no answer" : live ? "live" : `every ${pollEvery / 1000} s`;
+  if ($("link").textContent !== link) $("link").textContent = link;
+  $("link").className = offline ? "error" : live ? "ok" : "";
+  const alerts = [];
+  if (offline && header) {
+    alerts.push(["error", "The agent does not answer.", `What you see was read ${duration(ageOf(header))} ago. Reason: ${offline}.`]);
+  } else if (offline) {
+    alerts.push(["error", "Nothing to show yet.", offline]);
+  } else if (header?.stale) {
+    alerts.push(["error", "Stale.", `The rules cannot be read; what you see was read at ${clock(header.time)}, ${duration(ageOf(header))} ago. Reason: ${header.error ?? "unknown"}`]);
+  }
+  if (header?.torn) alerts.push(["warning", "Torn.", "The rules kept changing while they were read, so some of what follows may be of two moments."]);
+  showAlerts(alerts);
+  if (!header) return;
+  $("node").textContent = header.node || "not named";
+  $("backend").textContent = header.backend;
+  $("time").textContent = clock(header.time);
+  $("time").dateTime = header.time;
+  $("age").textContent = `${duration(ageOf(header))} ago`;
+  if (loadedNode !== header.node) {
+    loadedNode = header.node;
+    document.title = header.node ? `${header.node} – natlens` : "natlens";
+  }
+}
+
+const ageOf = (h) => (Date.now() + skew - Date.parse(h.time)) / 1000;
+
+// showAlerts leaves an alert alone that only grew older: a screen reader would
+// read it out again.
+function showAlerts(alerts) {
+  const kinds = alerts.map((a) => a[1]).join();
+  if ($("alerts").dataset.kinds !== kinds) {
+    $("alerts").dataset.kinds = kinds;
+    $("alerts").replaceChildren(...alerts.map(([level, title]) => el("p", { class: `alert ${level}` }, el("strong", {}, title), " ", el("span"))));
+  }
+  alerts.forEach(([, , text], i) => {
+    const span = $("alerts").children[i].lastChild;
+    if (span.textContent !== text) span.textContent = text;
+  });
+}
+
+// ---- Filter ----
+
+function wanted(text) {
+  const words = asked.q.toLowerCase().split(/\s+/).filter(Boolean);
+  return words.every((w) => text.includes(w));
+}
+
+function showAll() {
+  if (!header) return;
+  const list = services.filter((s) => wanted(s.text));
+  showFindings(new Set(list.map(serviceKey)));
+  showServices(list);
+  $("filter-count").textContent = asked.q ? `${list.length.toLocaleString("en")} of ${services.length.toLocaleString("en")}` : "";
+}
+
+// ---- Findings ----
+
+const severities = { error: ["✕", "error"], warning: ["!", "warning"], info: ["i", "info"] };
+
+function severityMark(s, text = severities[s]?.[1] ?? s) {
+  return el("span", { class: `mark ${s}` }, el("span", { "aria-hidden": "true" }, severities[s]?.[0] ?? "?"), " ", text);
+}
+
+function countsBySeverity(list) {
+  return Object.keys(severities).map((s) => [s, list.filter((f) => f.severity === s).length]).filter(([, n]) => n > 0);
+}
+
+let findingsPrint = null;
+
+function showFindings(keys) {
+  // Those about the node concern every Service.
+  const list = findings.filter((f) => !f.service || keys.has(serviceKey(f.service)));
+  const print = JSON.stringify([list, findings.length]);
+  if (print === findingsPrint) return;
+  findingsPrint = print;
+  const open = new Set([...$("findings").querySelectorAll("details[open]")].map((d) => d.dataset.key));
+  $("findings-count").replaceChildren(...countsBySeverity(list).map(([s, n]) => severityMark(s, s === "info" ? `${n} info` : plural(n, s))));
+  if (list.length === 0) {
+    const none = findings.length === 0 ? "None: all that these rules say of Services is consistent." : `None that fits the filter, of ${plural(findings.length, "finding")}.`;
+    $("findings").replaceChildren(el("p", { class: findings.length ? "quiet" : "quiet fine" }, none));
+    return;
+  }
+  $("findings").replaceChildren(...list.map((f) => findingView(f, open)));
+}
+
+function findingView(f, open) {
+  const key = [f.code, f.service ? serviceKey(f.service) : "", f.message].join("|");
+  const rules = f.evidence.rules ?? [];
+  const since = el("time", { datetime: f.since, title: f.since }, `since ${clock(f.since)}`);
+  const more = el("div", { class: "evidence" });
+  if (rules.length > 0) {
+    more.append(el("p", {}, rules.length === 1 ? "The rule:" : "The rules:"), el("ol", { class: "rules" }, ...rules.map((r) => el("li", {}, ruleText(r)))));
+  }
+  more.append(el("p", { class: "links" },
+    f.service && el("button", { type: "button", class: "plain", onclick: () => go({ q: serviceName(f.service) }) }, `Show only ${serviceName(f.service)}`),
+    el("a", { href: `https://github.com/natlens/natlens/blob/main/docs/findings.md#${f.code.toLowerCase()}`, rel: "noreferrer", target: "_blank" }, `What ${f.code} means, and what to do`)));
+  return el("details", { class: `finding ${f.severity}`, "data-key": key, open: open.has(key) },
+    el("summary", {},
+      el("span", { class: "finding-head" }, severityMark(f.severity), el("strong", {}, f.code), el("span", { class: "mono" }, f.service ? serviceName(f.service) : "this node"), since),
+      el("span", { class: "message" }, f.message)),
+    more);
+}
+
+// ruleText makes the target of a rule stand out and its comment step back; the
+// text stays as iptables-save prints it, so that it can be copied.
+function ruleText(rule) {
+  const parts = rule.split(/( -m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+)| -[jg] .*$)/);
+  return el("code", {}, ...parts.map((p, i) => (i % 2 === 0 ? p : el("span", { class: p.startsWith(" -m comment") ? "dim" : "target" }, p))));
+}
+
+// ---- Services ----
+
+const verdicts = {
+  dnat: { word: "delivered" },
+  reject: { mark: "✕", word: "rejected", text: "the client is refused at once" },
+  drop: { mark: "⊘", word: "dropped", text: "the client waits until it gives up" },
+  none: { mark: "?", word: "not handled", text: "no rule sends it to an endpoint" },
+  accept: { mark: "?", word: "accepted", text: "a rule lets it through to this very address" },
+  mixed: { mark: "≠", word: "mixed", text: "" },
+};
+
+const bodies = new Map(); // by key: the rows of a Service, and what they were made of
+const expanded = new Set(); // routes whose endpoints are all shown
+
+function showServices(list) {
+  const visible = list.slice(0, shown);
+  const table = $("services");
+  const next = visible.map((s) => {
+    const key = serviceKey(s);
+    const old = bodies.get(key);
+    if (old?.print === s.print) return old.body;
+    const body = serviceView(s, key);
+    if (old) body.classList.add("changed");
+    bodies.set(key, { print: s.print, body });
+    return body;
+  });
+  place(table, next);
+  const known = new Set(services.map(serviceKey));
+  for (const key of bodies.keys()) if (!known.has(key)) bodies.delete(key);
+
+  table.hidden = list.length === 0;
+  $("services-count").textContent = asked.q ? `${list.length.toLocaleString("en")} of ${plural(services.length, "Service port")}` : plural(services.length, "port");
+  $("services-empty").hidden = list.length > 0;
+  $("services-empty").textContent = services.length === 0 ? "These rules hold no Services." : `No Service fits “${asked.q}”.`;
+  $("more").hidden = list.length <= shown;
+  $("more").textContent = `Show ${Math.min(pageSize, list.length - shown)} more of ${(list.length - shown).toLocaleString("en")}`;
+}
+
+// place makes the bodies the table's, and moves only those that are not in
+// their place yet: what has the focus keeps it.
+function place(table, bodies) {
+  const keep = new Set(bodies);
+  for (const b of [...table.tBodies]) if (!keep.has(b)) b.remove();
+  let at = table.tHead.nextElementSibling;
+  for (const b of bodies) {
+    if (b === at) at = at.nextElementSibling;
+    else table.insertBefore(b, at);
+  }
+}
+
+function serviceView(s, key) {
+  const head = el("th", { colspan: 3, scope: "rowgroup" },
+    el("span", { class: "service-name" }, s.namespace ? el("span", { class: "dim" }, `${s.namespace}/`) : "", el("strong", {}, s.name), s.port ? `:${s.port}` : ""),
+    el("span", { class: "badge" }, s.protocol),
+    s.sessionAffinity && el("span", { class: "badge", title: "A client that comes back within this time gets the same endpoint again" }, `${s.sessionAffinity.type} affinity, ${duration(s.sessionAffinity.timeoutSeconds)}`),
+    ...countsBySeverity(s.findings).map(([sev, n]) => severityMark(sev, sev === "info" ? `${n} info` : plural(n, sev))));
+  const body = el("tbody", {}, el("tr", { class: "service" }, head));
+  s.frontends.forEach((f, i) => {
+    const fates = byFate(f.routes);
+    fates.forEach((fate, j) => {
+      body.append(el("tr", { class: j === 0 ? "first" : undefined },
+        j === 0 && el("th", { scope: "row", rowspan: fates.length }, ...frontendView(s, f)),
+        el("td", { class: "from" }, ...fate.sources.map((r) => sourceView(s, f, r))),
+        el("td", {}, ...fateView(s, f, fate, `${key} ${i} ${j}`))));
+    });
+  });
+  return body;
+}
+
+// byFate puts routes together that differ in nothing but the masquerade.
+function byFate(routes) {
+  const out = new Map();
+  for (const r of routes) {
+    const mixed = r.endpoints.some((e) => e.masquerade !== undefined);
+    const print = JSON.stringify([r.verdict, r.undelivered, r.unknown, mixed && r.masquerade, r.endpoints.map((e) => [e.address, e.share, e.maxShare, e.masquerade])]);
+    if (!out.has(print)) out.set(print, { route: r, sources: [] });
+    out.get(print).sources.push(r);
+  }
+  return [...out.values()];
+}
+
+function frontendView(s, f) {
+  const places = f.address ? [hostPort(f.address, f.port)] : (f.accepted ?? []).map((a) => hostPort(a, f.port));
+  const view = [el("span", { class: "type" }, f.type)];
+  for (const p of places) view.push(traceButton(s, p, "pod", p, "mono frontend"));
+  if (places.length === 0) {
+    view.push(el("button", { type: "button", class: "link mono frontend", title: `Trace a connection to port ${f.port} of this node`, onclick: () => traceNodePort(s, f, "pod") }, `any address:${f.port}`));
+  }
+  return view;
+}
+
+function sourceView(s, f, r) {
+  const buttons = r.from.map((c) => {
+    const from = r.sources ? r.sources[0].split("/")[0] : c;
+    return f.address || f.accepted
+      ? traceButton(s, hostPort(f.address || f.accepted[0], f.port), from, c, `class ${c}`)
+      : el("button", { type: "button", class: `link class ${c}`, title: `Trace from ${c}`, onclick: () => traceNodePort(s, f, from) }, c);
+  });
+  return el("div", { class: "source" }, ...buttons,
+    r.sources && el("span", { class: "ranges mono" }, r.sources.join(", ")),
+    r.masquerade && el("span", { class: "badge", title: "The endpoint sees an address of this node as the source, not the client's" }, "masquerade"));
+}
+
+function traceButton(s, to, from, text, cls, endpoint = "") {
+  return el("button", {
+    type: "button", class: `link ${cls}`, title: `Trace a connection from ${from} to ${to}`,
+    onclick: () => go({ trace: `${to}/${s.protocol.toLowerCase()}`, from, to: endpoint }),
+  }, text);
+}
+
+// traceNodePort asks the agent for the node's address first: the rules do not
+// name one.
+async function traceNodePort(s, f, from, endpoint = "") {
+  const anywhere = f.family === "ipv6" ? "[2001:db8:99::99]:9" : "198.18.99.99:9";
+  try {
+    const t = await get(`api/v1/trace?${new URLSearchParams({ to: anywhere, from: "node" })}`);
+    go({ trace: `${hostPort(t.packet.from, f.port)}/${s.protocol.toLowerCase()}`, from, to: endpoint });
+  } catch (e) {
+    offline = e.message;
+    showHeader();
+  }
+}
+
+function fateView(s, f, { route: r, sources }, key) {
+  const view = [];
+  const from = sources[0].sources ? sources[0].sources[0].split("/")[0] : sources[0].from[0];
+  const uneven = isUneven(r);
+  if (r.verdict !== "dnat") view.push(verdictView(r));
+  else view.push(el("p", { class: "sum" }, sumText(r), uneven && severityMark("warning", "uneven")));
+  if (r.unknown) view.push(el("details", { class: "unknown" }, el("summary", {}, severityMark("warning", `depends on ${plural(r.unknown.length, "rule")} that cannot be decided`)), el("ol", { class: "rules" }, ...r.unknown.map((t) => el("li", {}, ruleText(t))))));
+  const chips = r.endpoints.map((e) => endpointView(e, uneven, () => {
+    if (f.address || f.accepted) go({ trace: `${hostPort(f.address || f.accepted[0], f.port)}/${s.protocol.toLowerCase()}`, from, to: e.address });
+    else traceNodePort(s, f, from, e.address);
+  }));
+  if (chips.length && r.undelivered > 0) chips.push(lostView(r.undelivered));
+  if (chips.length) view.push(endpointList(chips, key));
+  return view;
+}
+
+function isUneven(r) {
+  const shares = r.endpoints.map((e) => e.share);
+  return shares.length > 1 && !r.unknown && Math.max(...shares) - Math.min(...shares) > evenWithin;
+}
+
+function sumText(r) {
+  const n = plural(r.endpoints.length, "endpoint");
+  if (r.endpoints.length < 2 || r.unknown || isUneven(r)) return n;
+  return `${n}, ${percent(r.endpoints[0].share)} each`;
+}
+
+function verdictView(r) {
+  const v = verdicts[r.verdict] ?? { mark: "?", word: r.verdict, text: "" };
+  const text = r.verdict === "mixed" ? `${percent(1 - r.undelivered)} reach an endpoint, ${percent(r.undelivered)} do not` : v.text;
+  return el("p", { class: `verdict ${r.verdict}` }, el("span", { class: "word" }, el("span", { "aria-hidden": "true" }, v.mark), " ", v.word), el("span", {}, text));
+}
+
+function bar(share, most = share) {
+  const fill = el("span", { class: "fill" });
+  fill.style.width = `${100 * share}%`;
+  const track = el("span", { class: "bar", "aria-hidden": "true" }, fill);
+  if (most > share) {
+    const maybe = el("span", { class: "maybe" });
+    maybe.style.width = `${100 * (most - share)}%`;
+    track.append(maybe);
+  }
+  return track;
+}
+
+function endpointView(e, uneven, onclick) {
+  return el("li", { class: uneven ? "uneven" : undefined },
+    el("button", { type: "button", class: "endpoint", title: `${e.chain ? e.chain + ", " : ""}exactly ${e.exact && e.exact.length < 60 ? e.exact : e.share}: trace it`, onclick },
+      el("span", { class: "mono" }, e.address), e.masquerade && el("span", { class: "badge" }, "masquerade"), el("span", { class: "percent" }, shareText(e)), bar(e.share, e.maxShare)));
+}
+
+function lostView(share) {
+  return el("li", { class: "lost" }, el("span", { class: "endpoint" }, el("span", {}, "no endpoint"), el("span", { class: "percent" }, percent(share)), bar(share)));
+}
+
+function endpointList(chips, key) {
+  const list = el("ul", { class: "endpoints" });
+  if (chips.length <= manyEndpoints || expanded.has(key)) {
+    list.append(...chips);
+    return list;
+  }
+  const few = manyEndpoints - 1;
+  const all = el("li", {}, el("button", { type: "button", class: "plain", onclick: () => {
+    expanded.add(key);
+    all.replaceWith(...chips.slice(few));
+    chips[few].firstChild.focus();
+  } }, `Show all ${chips.length}`));
+  list.append(...chips.slice(0, few), all);
+  return list;
+}
+
+// ---- Trace ----
+
+let traced = ""; // the question that the panel answers
+let opener = null; // gets the focus back
+
+function showTrace() {
+  const panel = $("trace");
+  const question = asked.trace ? hashOf({ ...asked, q: "" }) : "";
+  if (question === traced) return;
+  const wasOpen = !panel.hidden;
+  traced = question;
+  if (!question) {
+    closePanel();
+    return;
+  }
+  fillForm();
+  if (!wasOpen) openPanel();
+  runTrace(question);
+}
+
+function openPanel() {
+  opener = document.activeElement;
+  $("trace").hidden = false;
+  document.body.classList.add("tracing");
+  $("trace-heading").focus({ preventScroll: matchMedia("(min-width: 75rem)").matches });
+}
+
+function closePanel() {
+  if ($("trace").hidden) return;
+  $("trace").hidden = true;
+  document.body.classList.remove("tracing");
+  if (opener?.isConnected) opener.focus();
+}
+
+function fillForm() {
+  const [to, protocol] = asked.trace.split("/");
+  $("trace-to").value = to;
+  $("trace-protocol").value = (protocol || "tcp").toLowerCase();
+  const isClass = ["pod", "node", "external"].includes(asked.from);
+  $("trace-from").value = isClass ? asked.from : "ip";
+  $("trace-ip").value = isClass ? "" : asked.from;
+  $("trace-ip-field").hidden = isClass;
+}
+
+async function runTrace(question) {
+  const [to, protocol] = asked.trace.split("/");
+  const result = $("trace-result");
+  result.setAttribute("aria-busy", "true");
+  let view;
+  try {
+    view = traceView(await get(`api/v1/trace?${new URLSearchParams({ to, protocol: protocol || "tcp", from: asked.from })}`));
+  } catch (e) {
+    view = [el("p", { class: "alert error" }, el("strong", {}, "No answer."), " ", e.message)];
+  }
+  if (question !== traced) return; // another question came up meanwhile
+  result.removeAttribute("aria-busy");
+  result.replaceChildren(...view);
+  result.querySelector(".chosen")?.scrollIntoView({ block: "nearest" });
+}
+
+function traceView(t) {
+  const p = t.packet;
+  const view = [
+    el("p", { class: "question" }, `A new ${p.protocol} connection from ${{ pod: "a pod", node: "the node", external: "outside" }[p.class] ?? p.class} (`, el("span", { class: "mono" }, p.from), ") to ", el("span", { class: "mono" }, hostPort(p.to, p.port)), ":"),
+    el("ul", { class: "endpoints outcomes" }, ...t.outcomes.map((o) => outcomeView(o))),
+  ];
+  if (t.unknown.length > 0) {
+    view.push(el("div", { class: "alert warning" }, el("strong", {}, `${plural(t.unknown.length, "rule")} could not be decided.`), " The answer depends on ", t.unknown.length === 1 ? "it:" : "them:", el("ol", { class: "rules" }, ...t.unknown.map((r) => el("li", {}, ruleText(r))))));
+  }
+  view.push(el("h3", {}, "Rule by rule"), treeView(t.outcomes));
+  return view;
+}
+
+function outcomeView(o) {
+  const v = verdicts[o.verdict] ?? { mark: "?", word: o.verdict };
+  const name = o.verdict === "dnat" ? el("span", { class: "mono" }, `→ ${o.to}`) : el("span", {}, `${v.mark} ${v.word}`);
+  return el("li", { class: o.verdict === "dnat" ? undefined : "lost" },
+    el("span", { class: "endpoint", title: o.exact && o.exact.length < 60 ? `exactly ${o.exact}` : undefined },
+      name, o.masquerade && el("span", { class: "badge" }, "masquerade"), el("span", { class: "percent" }, shareText(o)), bar(o.share, o.maxShare)));
+}
+
+// treeView draws the paths of all outcomes as one tree: what they have in
+// common once, and a branch from where they part.
+function treeView(outcomes) {
+  const root = { children: [], outcomes: [] };
+  for (const o of outcomes) {
+    let at = root;
+    for (const step of withDepth(o.path)) {
+      const key = [step.table, step.chain, step.number, step.effect].join(" ");
+      let next = at.children.find((c) => c.key === key);
+      if (!next) {
+        next = { key, step, children: [], outcomes: [] };
+        at.children.push(next);
+      }
+      at = next;
+      at.outcomes.push(o);
+    }
+    at.end = o;
+  }
+  return el("div", { class: "tree" }, ...runView(root, ""));
+}
+
+// withDepth tells how deep in jumps each step stands. A path lists the rules
+// that matched; chains that end without one are left without a trace.
+function withDepth(path) {
+  let stack = [];
+  return path.map((s) => {
+    const name = `${s.table} ${s.chain}`;
+    const i = stack.lastIndexOf(name);
+    stack = i < 0 ? [name] : stack.slice(0, i + 1);
+    const step = { ...s, depth: stack.length - 1 };
+    const jump = /^(?:jump|goto) (.+)$/.exec(s.effect);
+    if (jump) stack.push(`${s.table} ${jump[1]}`);
+    return step;
+  });
+}
+
+// runView draws a node's successors up to where they part, and each part.
+function runView(node, chain) {
+  const view = [];
+  let rewritten = false;
+  while (node.children.length === 1 && !node.end) {
+    node = node.children[0];
+    if (rewritten && onlyDelivered(node)) { // behind the DNAT nothing changes any more
+      view.push(restView(node, chain));
+      return view;
+    }
+    const name = `${node.step.table} ${node.step.chain}`;
+    if (name !== chain) view.push(chainView(node.step));
+    chain = name;
+    view.push(stepView(node.step));
+    rewritten ||= /^(dnat|redirect)/.test(node.step.effect);
+  }
+  if (node.end) view.push(endView(node.end));
+  const few = node.children.length <= 3;
+  for (const c of node.children) view.push(branchView(c, chain, few));
+  return view;
+}
+
+const onlyDelivered = (node) => node.outcomes.length === 1 && node.outcomes[0].verdict === "dnat";
+
+function restView(node, chain) {
+  const rest = [];
+  let n = 0;
+  let last = null;
+  while (node) {
+    const name = `${node.step.table} ${node.step.chain}`;
+    if (name !== chain) rest.push(chainView(node.step));
+    chain = name;
+    rest.push(stepView(node.step));
+    n++;
+    last = node;
+    node = node.children[0];
+  }
+  return el("div", {}, el("details", { class: "rest" }, el("summary", {}, `then ${plural(n, "more rule")}, which change${n === 1 ? "s" : ""} nothing of that`), ...rest), endView(last.end));
+}
+
+function branchView(node, chain, open) {
+  const one = node.outcomes.length === 1 ? node.outcomes[0] : null;
+  const chosen = asked.to && one?.to === asked.to;
+  const title = one ? (one.verdict === "dnat" ? `→ ${one.to}` : verdicts[one.verdict]?.word ?? one.verdict) : plural(node.outcomes.length, "outcome");
+  const share = one ? shareText(one) : percent(node.step.share);
+  const fork = { children: [node], outcomes: node.outcomes };
+  const details = el("details", { class: `branch${chosen ? " chosen" : ""}`, open: asked.to ? chosen : open },
+    el("summary", {}, el("span", { class: "percent" }, share), el("span", { class: "mono" }, title), el("span", { class: "dim" }, `rule ${node.step.number} of ${node.step.chain}`)),
+    ...runView(fork, chain));
+  indent(details, node.step.depth);
+  return details;
+}
+
+function indent(e, depth) {
+  e.style.marginInlineStart = `${Math.min(depth, 6) * 0.75}rem`;
+}
+
+function chainView(step) {
+  const e = el("p", { class: "chain" }, el("span", { class: "dim" }, step.table), " ", step.chain);
+  indent(e, step.depth);
+  return e;
+}
+
+function stepView(step) {
+  const rule = step.rule.startsWith(`-A ${step.chain} `) ? step.rule.slice(`-A ${step.chain}`.length) : step.rule;
+  const e = el("div", { class: "step" },
+    el("span", { class: "number", title: `Rule ${step.number} of ${step.chain}` }, String(step.number)),
+    ruleText(rule),
+    step.probability < 1 && el("span", { class: "badge", title: "Of the connections that reach this rule" }, `takes ${percent(step.probability)}`),
+    el("span", { class: "effect" }, step.effect));
+  indent(e, step.depth);
+  return e;
+}
+
+function endView(o) {
+  const text = o.verdict === "dnat" ? `sent to ${o.to}` : `${verdicts[o.verdict]?.word ?? o.verdict}: ${verdicts[o.verdict]?.text ?? ""}`;
+  return el("p", { class: `end ${o.verdict}` }, el("strong", {}, text), o.masquerade && el("span", { class: "badge" }, "masquerade"), el("span", {}, shareText(o)),
+    o.exact && o.exact.length < 60 && o.share < 1 && el("span", { class: "dim mono" }, o.exact));
+}
+
+// ---- Start ----
+
+let typing = 0;
+
+$("filter").addEventListener("input", () => {
+  clearTimeout(typing);
+  typing = setTimeout(() => {
+    asked = { ...asked, q: $("filter").value };
+    // Not a step in the history for every letter.
+    history.replaceState(null, "", hashOf(asked));
+    shown = pageSize;
+    showAll();
+  }, 80);
+});
+$("filter-form").addEventListener("submit", (e) => e.preventDefault());
+$("more").addEventListener("click", () => {
+  shown += pageSize;
+  showAll();
+});
+$("skip").addEventListener("click", (e) => {
+  e.preventDefault(); // the fragment belongs to the filter
+  $("services-heading").focus();
+  $("services-heading").scrollIntoView();
+});
+$("trace-open").addEventListener("click", () => {
+  if ($("trace").hidden) openPanel();
+  $("trace-to").focus();
+});
+$("trace-close").addEventListener("click", () => {
+  if (asked.trace) go({ trace: "" });
+  else closePanel();
+});
+$("trace-from").addEventListener("change", () => {
+  const byAddress = $("trace-from").value === "ip";
+  $("trace-ip-field").hidden = !byAddress;
+  if (byAddress) $("trace-ip").focus();
+  else if ($("trace-to").value) $("trace-form").requestSubmit();
+});
+$("trace-form").addEventListener("submit", (e) => {
+  e.preventDefault();
+  const from = $("trace-from").value === "ip" ? $("trace-ip").value.trim() : $("trace-from").value;
+  traced = null; // ask again, even the same: the rules may be others now
+  go({ trace: `${$("trace-to").value.trim()}/${$("trace-protocol").value}`, from: from || "pod", to: "" });
+});
+document.addEventListener("keydown", (e) => {
+  const writing = /^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement?.tagName ?? "");
+  if (e.key === "/" && !writing && !e.ctrlKey && !e.metaKey && !e.altKey) {
+    e.preventDefault();
+    $("filter").focus();
+    $("filter").select();
+  }
+  if (e.key === "Escape" && !$("trace").hidden && document.activeElement !== $("filter")) $("trace-close").click();
+});
+addEventListener("hashchange", apply);
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) load(!live);
+});
+
+asked = { ...readHash(), trace: "" };
+$("filter").value = asked.q;
+await load(true);
+apply();
+listen();
+setInterval(() => {
+  if (!document.hidden) load(!live);
+}, pollEvery);
+setInterval(showHeader, 1000);
+get("version").then((v) => ($("version").textContent = `natlens ${v.version}`), () => {});

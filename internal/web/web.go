@@ -1,0 +1,266 @@
+// Package web serves the current snapshot over HTTP: the JSON documents of
+// package api, the metrics, and a page. No request reads a rule of the kernel.
+package web
+
+import (
+	"bytes"
+	"compress/gzip"
+	"embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/natlens/natlens/internal/api"
+	"github.com/natlens/natlens/internal/snapshot"
+)
+
+//go:embed static
+var static embed.FS
+
+//go:embed openapi.json
+var openAPI []byte
+
+// Source gives the snapshots to serve.
+type Source interface {
+	Snapshot() *snapshot.Snapshot // nil before the first reading worked
+	Subscribe() (news <-chan struct{}, end func())
+}
+
+// Config is what a handler serves.
+type Config struct {
+	Source  Source
+	Metrics http.Handler
+	Version string
+	Log     *slog.Logger
+}
+
+// maxEventStreams bounds the open /api/v1/events requests.
+const maxEventStreams = 64
+
+// server holds what the handlers share.
+type server struct {
+	Config
+	streams chan struct{}
+}
+
+// NewHandler returns the handler of all routes.
+func NewHandler(cfg Config) http.Handler {
+	s := &server{Config: cfg, streams: make(chan struct{}, maxEventStreams)}
+	files, err := fs.Sub(static, "static")
+	if err != nil {
+		panic(err) // the directory is embedded above
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /api/v1/services", s.snapshot(s.services))
+	mux.HandleFunc("GET /api/v1/services/{namespace}/{name}", s.snapshot(s.service))
+	mux.HandleFunc("GET /api/v1/trace", s.snapshot(s.trace))
+	mux.HandleFunc("GET /api/v1/findings", s.snapshot(s.findings))
+	mux.HandleFunc("GET /api/v1/chains/{table}/{chain}", s.snapshot(s.chain))
+	mux.HandleFunc("GET /api/v1/events", s.events)
+	mux.Handle("GET /metrics", cfg.Metrics)
+	mux.HandleFunc("GET /livez", s.alive)
+	mux.HandleFunc("GET /healthz", s.alive)
+	mux.HandleFunc("GET /readyz", s.ready)
+	mux.HandleFunc("GET /version", s.version)
+	mux.HandleFunc("GET /openapi.json", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		w.Write(openAPI)
+	})
+	mux.Handle("GET /{$}", page(http.FileServerFS(files)))
+	mux.Handle("GET /static/", page(http.StripPrefix("/static", http.FileServerFS(files))))
+	mux.HandleFunc("GET /", func(w http.ResponseWriter, r *http.Request) {
+		fail(w, http.StatusNotFound, "no such path: "+r.URL.Path)
+	})
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Allow", "GET, HEAD")
+		fail(w, http.StatusMethodNotAllowed, "only GET is allowed")
+	})
+	return mux
+}
+
+// page adds the headers that keep the page from loading or sending anything
+// elsewhere, or being framed.
+func page(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Referrer-Policy", "no-referrer")
+		h.Set("Cache-Control", "no-cache")
+		next.ServeHTTP(w, r)
+	})
+}
+
+// snapshot calls a handler with the current snapshot, and answers 503 while
+// there is none.
+func (s *server) snapshot(next func(http.ResponseWriter, *http.Request, *snapshot.Snapshot)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		snap := s.Source.Snapshot()
+		if snap == nil {
+			w.Header().Set("Retry-After", "1")
+			fail(w, http.StatusServiceUnavailable, "the node's rules have not been read yet; the agent's log says why")
+			return
+		}
+		next(w, r, snap)
+	}
+}
+
+func (s *server) services(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot) {
+	q := r.URL.Query()
+	f := api.Filter{Namespace: q.Get("namespace"), Name: q.Get("name"), Port: q.Get("port")}
+	s.answer(w, r, snap, func() any { return api.ServicesOf(snap, f) })
+}
+
+func (s *server) service(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot) {
+	f := api.Filter{Namespace: r.PathValue("namespace"), Name: r.PathValue("name"), Port: r.URL.Query().Get("port")}
+	doc := api.ServicesOf(snap, f)
+	if len(doc.Services) == 0 {
+		fail(w, http.StatusNotFound, fmt.Sprintf("the rules hold no Service %s/%s", f.Namespace, f.Name))
+		return
+	}
+	s.answer(w, r, snap, func() any { return doc })
+}
+
+func (s *server) trace(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot) {
+	q := r.URL.Query()
+	query, err := api.ParseQuery(q.Get("to"), q.Get("protocol"), q.Get("from"))
+	if err != nil {
+		fail(w, http.StatusBadRequest, "to="+q.Get("to")+": "+err.Error())
+		return
+	}
+	doc, err := api.TraceOf(snap, query)
+	if err != nil {
+		fail(w, statusOf(err, http.StatusBadRequest), err.Error())
+		return
+	}
+	s.answer(w, r, snap, func() any { return doc })
+}
+
+func (s *server) findings(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot) {
+	s.answer(w, r, snap, func() any { return api.FindingsOf(snap) })
+}
+
+func (s *server) chain(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot) {
+	doc, err := api.ChainOf(snap, r.PathValue("table"), r.PathValue("chain"))
+	if err != nil {
+		fail(w, statusOf(err, http.StatusInternalServerError), err.Error())
+		return
+	}
+	s.answer(w, r, snap, func() any { return doc })
+}
+
+func statusOf(err error, otherwise int) int {
+	if errors.Is(err, api.ErrNotFound) {
+		return http.StatusNotFound
+	}
+	return otherwise
+}
+
+// answer writes a document as JSON. Two answers to one request have the same
+// ETag exactly while they would be the same.
+func (s *server) answer(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot, doc func() any) {
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set("Vary", "Accept-Encoding")
+	h.Set("Cache-Control", "no-cache")
+	tag := fmt.Sprintf(`W/"%x-%x-%t"`, snap.Time.UnixNano(), snap.Version, snap.Stale)
+	h.Set("ETag", tag)
+	if match := r.Header.Get("If-None-Match"); match != "" && strings.Contains(match, tag) {
+		w.WriteHeader(http.StatusNotModified)
+		return
+	}
+	var body bytes.Buffer
+	enc := json.NewEncoder(&body)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(doc()); err != nil {
+		s.Log.Error("encoding an answer", "path", r.URL.Path, "error", err)
+		fail(w, http.StatusInternalServerError, "the answer could not be encoded")
+		return
+	}
+	const worthwhile = 1 << 10 // bytes: less is not worth compressing
+	if body.Len() < worthwhile || !strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
+		w.Write(body.Bytes())
+		return
+	}
+	h.Set("Content-Encoding", "gzip")
+	z := gzip.NewWriter(w)
+	z.Write(body.Bytes())
+	z.Close()
+}
+
+// events streams one server-sent event per snapshot that says something new.
+func (s *server) events(w http.ResponseWriter, r *http.Request) {
+	select {
+	case s.streams <- struct{}{}:
+		defer func() { <-s.streams }()
+	default:
+		fail(w, http.StatusServiceUnavailable, fmt.Sprintf("there are already %d event streams", maxEventStreams))
+		return
+	}
+	control := http.NewResponseController(w)
+	control.SetWriteDeadline(time.Time{}) // a stream outlives the server's time limit
+	w.Header().Set("Content-Type", "text/event-stream")
+	w.Header().Set("Cache-Control", "no-store")
+	news, end := s.Source.Subscribe()
+	defer end()
+	const beat = 20 * time.Second // keeps proxies from closing an idle stream
+	tick := time.NewTicker(beat)
+	defer tick.Stop()
+	if snap := s.Source.Snapshot(); snap != nil {
+		writeEvent(w, snap)
+	}
+	for {
+		if err := control.Flush(); err != nil {
+			return
+		}
+		select {
+		case <-r.Context().Done():
+			return
+		case <-news:
+			if snap := s.Source.Snapshot(); snap != nil {
+				writeEvent(w, snap)
+			}
+		case <-tick.C:
+			fmt.Fprint(w, ": still here\n\n")
+		}
+	}
+}
+
+func writeEvent(w http.ResponseWriter, snap *snapshot.Snapshot) {
+	data, err := json.Marshal(api.HeaderOf(snap))
+	if err != nil {
+		return
+	}
+	fmt.Fprintf(w, "id: %d\nevent: snapshot\ndata: %s\n\n", snap.Version, data)
+}
+
+func (s *server) alive(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") }
+
+// ready says whether there is something to serve; a stale view is.
+func (s *server) ready(w http.ResponseWriter, _ *http.Request) {
+	snap := s.Source.Snapshot()
+	switch {
+	case snap == nil:
+		http.Error(w, "the node's rules have not been read yet", http.StatusServiceUnavailable)
+	case snap.Stale:
+		fmt.Fprintln(w, "ok, but stale: "+snap.Error)
+	default:
+		fmt.Fprintln(w, "ok")
+	}
+}
+
+func (s *server) version(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(w).Encode(map[string]string{"version": s.Version})
+}
+
+func fail(w http.ResponseWriter, code int, message string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	json.NewEncoder(w).Encode(api.Error{Error: api.ErrorDetail{Code: code, Message: message}})
+}

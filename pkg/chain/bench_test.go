@@ -1,0 +1,54 @@
+package chain_test
+
+import (
+	"bytes"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"testing"
+
+	"github.com/natlens/natlens/internal/kubeproxy"
+	"github.com/natlens/natlens/pkg/chain"
+	"github.com/natlens/natlens/pkg/iptables"
+)
+
+// BenchmarkServices shows that working out all Services is linear in the rules,
+// and what a rule costs in memory once it is read.
+func BenchmarkServices(b *testing.B) {
+	for _, services := range []int{100, 1000, 10000} {
+		b.Run(fmt.Sprintf("services=%d", services), func(b *testing.B) {
+			var dump bytes.Buffer
+			if err := kubeproxy.Write(&dump, kubeproxy.Config{PodCIDR: kubeproxy.SyntheticPodCIDR, NodeIP: kubeproxy.SyntheticNodeIP}, kubeproxy.Synthetic(services, 10)); err != nil {
+				b.Fatal(err)
+			}
+			before := heap()
+			rs, err := iptables.Parse(&dump, "bench")
+			if err != nil {
+				b.Fatal(err)
+			}
+			dump = bytes.Buffer{}
+			held := heap() - before
+			node := chain.Node{Local: []netip.Addr{kubeproxy.SyntheticNodeIP}}
+			b.ReportAllocs()
+			b.ResetTimer()
+			for range b.N {
+				if got := len(chain.NewView(rs, node).Services().Services); got != services {
+					b.Fatalf("%d Services, want %d", got, services)
+				}
+			}
+			rules := float64(rs.RuleCount())
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/rules, "ns/rule")
+			b.ReportMetric(float64(held)/rules, "held-B/rule")
+			b.ReportMetric(rules, "rules")
+		})
+	}
+}
+
+// heap returns the bytes that are held.
+func heap() int64 {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
+}

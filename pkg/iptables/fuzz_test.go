@@ -1,0 +1,95 @@
+package iptables
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// FuzzParse wants of any input: no panic; an error of type *SyntaxError, or
+// rules which, printed, are read as the same rules again.
+func FuzzParse(f *testing.F) {
+	for _, text := range dumps(f) {
+		f.Add([]byte(trimmed(text)))
+	}
+	for family, forms := range formsOf {
+		for _, form := range forms {
+			f.Add([]byte(form.dump(saveProgram(family))))
+		}
+	}
+	for _, text := range []string{
+		"-P INPUT ACCEPT -c 1 2\n-N F\n-A F -s 10.0.0.0/8 -c 3 4 -j DROP\n",
+		"# Table `nat' is incompatible, use 'nft' tool.\n",
+		"*nat\r\n:F - [0:0]\r\n[1:2] -A F -j RETURN\r\nCOMMIT\r\n",
+		"*filter\n:F - [0:0]\n-A F -m comment --comment \"a \\\"b\\\" c\\\\\" -g F\nCOMMIT",
+		within("-A F ! -j ACCEPT", `-A F -m string --string "-j" -j U`),
+	} {
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		rs, err := Parse(bytes.NewReader(data), "fuzz")
+		if err != nil {
+			var se *SyntaxError
+			if !errors.As(err, &se) {
+				t.Fatalf("error of type %T: %v", err, err)
+			}
+			return
+		}
+		for _, u := range rs.Unreadable {
+			if u.Reason == "" {
+				t.Error("a table is unreadable for no reason")
+			}
+		}
+		if len(rs.Tables) == 0 {
+			return
+		}
+		for _, counters := range []bool{false, true} {
+			once := printed(t, rs, counters)
+			again, err := Parse(strings.NewReader(once), "printed")
+			if err != nil {
+				t.Fatalf("what is printed cannot be read: %v\n%s", err, once)
+			}
+			if twice := printed(t, again, counters); twice != once {
+				t.Fatalf("parse, print, parse is not the identity (-first +second):\n%s", cmp.Diff(once, twice))
+			}
+			// Equal texts may still be understood differently.
+			if len(rs.Tables) != len(again.Tables) {
+				t.Fatalf("%d tables, then %d", len(rs.Tables), len(again.Tables))
+			}
+			for i, table := range rs.Tables {
+				for j, c := range table.Chains() {
+					for k := range c.Len() {
+						if a, b := brief(c, k), brief(again.Tables[i].Chains()[j], k); a != b {
+							t.Fatalf("%s means %s, then %s", RuleText(table, c, k), a, b)
+						}
+					}
+				}
+			}
+		}
+	})
+}
+
+// trimmed keeps one rule of each chain of a dump, and few of chains of the same
+// kind: the fuzzer is faster with short seeds, and the rest only repeats them.
+func trimmed(text string) string {
+	const most = 1
+	var out strings.Builder
+	seen := map[string]int{}
+	for line := range strings.Lines(text) {
+		if _, rule, ok := strings.Cut(line, "-A "); ok {
+			chain, _, _ := strings.Cut(rule, " ")
+			kind := strings.TrimRight(chain, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567")
+			if seen[chain]++; seen[chain] > most {
+				continue
+			}
+			if seen[kind]++; seen[kind] > 3*most {
+				continue
+			}
+		}
+		out.WriteString(line)
+	}
+	return out.String()
+}
