@@ -62,7 +62,8 @@ type parser struct {
 	opened  int  // line of the table's first line
 	listing bool // iptables -S: no COMMIT follows
 	chain   *netfilter.Chain
-	tokens  []token // of the current line, reused
+	tokens  []token  // of the current line, reused
+	options []option // memory of the rule parser, reused
 }
 
 func (p *parser) run() error {
@@ -103,6 +104,9 @@ func (p *parser) oneLine(line []byte) error {
 	if len(line) == 0 {
 		return nil
 	}
+	if bytes.Index(line, []byte(legacyWarning)) > 0 {
+		return p.errorf("a warning of iptables-save stands in the middle of the line: keep its standard error out of the dump")
+	}
 	switch {
 	case line[0] == '#':
 		return p.remark(line)
@@ -128,6 +132,9 @@ func (p *parser) oneLine(line []byte) error {
 	}
 	return p.rule(line)
 }
+
+// legacyWarning is what iptables-nft-save writes to standard error.
+const legacyWarning = "# Warning: iptables-legacy tables present"
 
 // remark reads the comments that iptables-save writes about itself.
 func (p *parser) remark(line []byte) error {
@@ -219,18 +226,27 @@ func Merge(sets ...*netfilter.Ruleset) (*netfilter.Ruleset, error) {
 
 // declare reads ":CHAIN POLICY [packets:bytes]".
 func (p *parser) declare(line []byte) error {
-	f := bytes.Fields(line[1:])
-	if len(f) < 2 {
+	name, rest := cutWord(line[1:])
+	policy, counts := cutWord(rest)
+	if len(policy) == 0 {
 		return p.errorf("expected \":CHAIN POLICY\", not %s", excerpt(line))
 	}
 	var counter netfilter.Counter
-	if len(f) > 2 {
+	if len(counts) > 0 {
 		var ok bool
-		if counter, _, ok = cutCounter(f[2]); !ok {
-			return p.errorf("expected [packets:bytes], not %s", excerpt(f[2]))
+		if counter, _, ok = cutCounter(counts); !ok {
+			return p.errorf("expected [packets:bytes], not %s", excerpt(counts))
 		}
 	}
-	return p.declareChain(string(f[0]), string(f[1]), counter)
+	return p.declareChain(string(name), string(policy), counter)
+}
+
+// cutWord splits a line behind its first word.
+func cutWord(line []byte) (word, rest []byte) {
+	if i := bytes.IndexAny(line, " \t"); i >= 0 {
+		return line[:i], bytes.TrimLeft(line[i:], " \t")
+	}
+	return line, nil
 }
 
 func (p *parser) declareChain(name, policy string, counter netfilter.Counter) error {
@@ -298,8 +314,10 @@ func (p *parser) rule(line []byte) error {
 			}
 		}
 	}
-	rp := ruleParser{table: p.table, chain: p.chain, line: line, tokens: p.tokens[2:], counter: counter}
-	if err := rp.parse(); err != nil {
+	rp := ruleParser{table: p.table, chain: p.chain, line: line, tokens: p.tokens[2:], counter: counter, opts: p.options}
+	err = rp.parse()
+	p.options = rp.opts
+	if err != nil {
 		return p.errorf("%v: %s", err, excerpt(line))
 	}
 	return nil
@@ -437,9 +455,10 @@ func sniffTable(listing []byte) string {
 
 // token is one word of a rule.
 type token struct {
-	text  []byte // without quotes
-	start int    // offset of the word in the line, quotes included
-	end   int
+	text   []byte // without quotes
+	start  int    // offset of the word in the line, quotes included
+	end    int
+	quoted bool // in whole or in part
 }
 
 var errQuote = errors.New("a quoted text does not end")
@@ -475,7 +494,7 @@ func lex(out []token, line []byte) ([]token, error) {
 		if !plain {
 			word = unquote(word)
 		}
-		out = append(out, token{word, start, i})
+		out = append(out, token{word, start, i, !plain})
 	}
 	return out, nil
 }

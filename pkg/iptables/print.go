@@ -203,11 +203,21 @@ func appendOptions(dst, options []byte) []byte {
 
 func appendPrefix(dst []byte, option string, c *netfilter.Chain, e netfilter.Expr) []byte {
 	dst = append(append(dst, ' '), option...)
-	if p, ok := c.CIDR(e); ok {
-		return p.AppendTo(dst)
-	}
 	addr, mask := c.Prefix(e)
-	return mask.AppendTo(append(addr.AppendTo(dst), '/'))
+	dst = append(appendAddr(dst, addr), '/')
+	if p, ok := c.CIDR(e); ok {
+		return strconv.AppendInt(dst, int64(p.Bits()), 10)
+	}
+	return appendAddr(dst, mask)
+}
+
+// appendAddr writes an address as inet_ntop does, which unlike Go knows
+// IPv4-compatible IPv6 addresses such as ::1.2.3.4.
+func appendAddr(dst []byte, a netip.Addr) []byte {
+	if b := a.As16(); a.Is6() && !a.Is4In6() && [12]byte(b[:12]) == [12]byte{} && b[12]|b[13] != 0 {
+		return netip.AddrFrom4([4]byte(b[12:])).AppendTo(append(dst, "::"...))
+	}
+	return a.AppendTo(dst)
 }
 
 func appendPorts(dst []byte, e netfilter.Expr) []byte {

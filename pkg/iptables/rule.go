@@ -21,6 +21,8 @@ type ruleParser struct {
 	counter  *netfilter.Counter
 	protocol string // the value of -p
 	target   int    // index of -j or -g in tokens; -1 for none
+	opts     []option
+	orphans  int // index of options without "-m" that have been read already; 0 for none
 }
 
 func (p *ruleParser) parse() error {
@@ -40,96 +42,131 @@ func (p *ruleParser) parse() error {
 	return nil
 }
 
-// general are the options that belong to no module, in the order in which
-// iptables-save prints them.
-var general = []struct {
-	short, long string
-	kind        netfilter.Kind
-}{
-	{"-s", "--source", netfilter.Source},
-	{"-d", "--destination", netfilter.Destination},
-	{"-i", "--in-interface", netfilter.InInterface},
-	{"-o", "--out-interface", netfilter.OutInterface},
-	{"-p", "--protocol", netfilter.ProtocolIs},
-	{"-f", "--fragment", netfilter.Fragment},
+// The options that belong to no module. The first of them are matches, in the
+// order in which iptables-save prints them.
+type generalOption int
+
+const (
+	optSource generalOption = iota
+	optDestination
+	optInInterface
+	optOutInterface
+	optProtocol
+	optFragment
+	optMatch
+	optTarget
+	optCounters
+	notGeneral
+)
+
+var generalKinds = [...]netfilter.Kind{
+	netfilter.Source, netfilter.Destination, netfilter.InInterface, netfilter.OutInterface, netfilter.ProtocolIs, netfilter.Fragment,
 }
 
-// isGeneral reports whether a word is an option of the rule itself, which ends
-// the options of a module.
-func isGeneral(word []byte) bool {
-	if len(word) == 2 && word[0] == '-' {
-		return bytes.IndexByte([]byte("sdiopfmjgc"), word[1]) >= 0
+// general tells which option of the rule itself a word is. These end the
+// options of a module. A quoted word is never an option.
+func (t token) general() generalOption {
+	if t.quoted || len(t.text) < 2 || t.text[0] != '-' {
+		return notGeneral
 	}
-	switch string(word) {
-	case "--source", "--src", "--destination", "--dst", "--in-interface", "--out-interface", "--protocol", "--proto",
-		"--fragment", "--match", "--jump", "--goto", "--set-counters":
+	switch string(t.text) {
+	case "-s", "--source", "--src":
+		return optSource
+	case "-d", "--destination", "--dst":
+		return optDestination
+	case "-i", "--in-interface":
+		return optInInterface
+	case "-o", "--out-interface":
+		return optOutInterface
+	case "-p", "--protocol", "--proto":
+		return optProtocol
+	case "-f", "--fragment":
+		return optFragment
+	case "-m", "--match":
+		return optMatch
+	case "-j", "--jump", "-g", "--goto":
+		return optTarget
+	case "-c", "--set-counters":
+		return optCounters
+	}
+	return notGeneral
+}
+
+// isNot reports whether a word is the "!" that negates the option behind it.
+func (t token) isNot() bool { return !t.quoted && string(t.text) == "!" }
+
+// takesAnything reports whether the word behind this one is its value even if
+// it looks like an option: iptables-save quotes a text only if it has to.
+func (t token) takesAnything() bool {
+	if t.quoted {
+		return false
+	}
+	switch string(t.text) {
+	case "--comment", "--log-prefix", "--nflog-prefix", "--string":
 		return true
 	}
 	return false
 }
 
-// general reads -s -d -i -o -p -f -c wherever they stand, and finds the target.
+// general reads the options of the rule itself wherever they stand, and finds
+// the target.
 func (p *ruleParser) general() error {
 	p.target = -1
-	var seen [6]bool
-	for want := range general {
-		for i := 0; i < len(p.tokens); i++ {
-			word := string(p.tokens[i].text)
-			switch word {
-			case "--comment", "--log-prefix", "--nflog-prefix":
-				i++ // its value may look like an option
-				continue
-			case "-j", "--jump", "-g", "--goto":
-				if p.target >= 0 && p.target != i {
-					return errors.New("two targets")
-				}
-				p.target = i
-				continue
-			case "--src":
-				word = "--source"
-			case "--dst":
-				word = "--destination"
-			case "--proto":
-				word = "--protocol"
-			}
-			if word != general[want].short && word != general[want].long {
-				continue
-			}
-			if seen[want] {
-				return fmt.Errorf("option %s stands twice", word)
-			}
-			seen[want] = true
-			if err := p.generalOption(general[want].kind, i); err != nil {
-				return fmt.Errorf("option %s: %w", word, err)
-			}
-		}
-	}
-	return p.listedCounter()
-}
-
-// listedCounter reads the "-c packets bytes" that iptables -v -S puts into a rule.
-func (p *ruleParser) listedCounter() error {
-	for i := range p.tokens {
-		if w := string(p.tokens[i].text); w != "-c" && w != "--set-counters" {
+	var at [len(generalKinds)]int // index of each option, plus 1
+	negated := false
+	for i := 0; i < len(p.tokens); i++ {
+		not := negated
+		negated = p.tokens[i].isNot()
+		if p.tokens[i].takesAnything() {
+			i++
 			continue
 		}
-		if i+2 >= len(p.tokens) {
-			return errors.New("-c needs two numbers")
+		switch opt := p.tokens[i].general(); {
+		case opt == notGeneral:
+		case opt > optFragment && not:
+			return fmt.Errorf("\"!\" before %s", p.tokens[i].text)
+		case opt == optMatch:
+		case opt == optTarget && p.target >= 0:
+			return errors.New("two targets")
+		case opt == optTarget:
+			p.target = i
+		case opt == optCounters:
+			if err := p.listedCounter(i); err != nil {
+				return err
+			}
+		case at[opt] != 0:
+			return fmt.Errorf("option %s stands twice", p.tokens[i].text)
+		default:
+			at[opt] = i + 1
 		}
-		packets, ok1 := parseUint(p.tokens[i+1].text)
-		size, ok2 := parseUint(p.tokens[i+2].text)
-		if !ok1 || !ok2 {
-			return errors.New("-c needs two numbers")
+	}
+	for opt, i := range at {
+		if i == 0 {
+			continue
 		}
-		p.counter = &netfilter.Counter{Packets: packets, Bytes: size}
-		return nil
+		if err := p.generalOption(generalKinds[opt], i-1); err != nil {
+			return fmt.Errorf("option %s: %w", p.tokens[i-1].text, err)
+		}
 	}
 	return nil
 }
 
+// listedCounter reads the "-c packets bytes" that iptables -v -S puts into a rule.
+func (p *ruleParser) listedCounter(i int) error {
+	if i+2 < len(p.tokens) {
+		packets, ok1 := parseUint(p.tokens[i+1].text)
+		size, ok2 := parseUint(p.tokens[i+2].text)
+		if ok1 && ok2 {
+			p.counter = &netfilter.Counter{Packets: packets, Bytes: size}
+			return nil
+		}
+	}
+	return errors.New("-c needs two numbers")
+}
+
 func (p *ruleParser) generalOption(kind netfilter.Kind, i int) error {
 	var flags uint8
-	if i > 0 && string(p.tokens[i-1].text) == "!" {
+	if i > 0 && p.tokens[i-1].isNot() {
 		flags = netfilter.Not
 	}
 	if kind == netfilter.Fragment {
@@ -153,19 +190,21 @@ func (p *ruleParser) generalOption(kind netfilter.Kind, i int) error {
 	case netfilter.InInterface, netfilter.OutInterface:
 		p.chain.AddText(kind, flags, 0, value)
 	case netfilter.ProtocolIs:
-		p.protocol = strings.ToLower(string(value))
-		if p.protocol == "all" || p.protocol == "0" {
+		if string(value) == "all" || string(value) == "0" {
 			return nil
 		}
-		n, ok := protocols[p.protocol]
+		n, ok := protocols[string(value)]
 		if !ok {
-			v, err := strconv.ParseUint(p.protocol, 10, 8)
-			if err != nil {
+			n, ok = protocols[strings.ToLower(string(value))]
+		}
+		if !ok {
+			v, isNumber := parseUint(value)
+			if !isNumber || v > 255 {
 				return fmt.Errorf("unknown protocol %q", value)
 			}
 			n = uint8(v)
-			p.protocol = protocolNames[uint32(n)]
 		}
+		p.protocol = protocolNames[uint32(n)]
 		p.chain.Add(netfilter.Expr{Kind: kind, Flags: flags, A: uint32(n)})
 	}
 	return nil
@@ -174,7 +213,7 @@ func (p *ruleParser) generalOption(kind netfilter.Kind, i int) error {
 // parsePrefix reads ADDRESS, ADDRESS/BITS or ADDRESS/MASK.
 func parsePrefix(value []byte, f netfilter.Family) (addr, mask netip.Addr, err error) {
 	host, bits, hasMask := bytes.Cut(value, []byte("/"))
-	if addr, err = netip.ParseAddr(string(host)); err != nil {
+	if addr, err = netip.ParseAddr(string(host)); err != nil || addr.Zone() != "" {
 		return addr, mask, fmt.Errorf("%q is not an address", value)
 	}
 	if netfilter.FamilyOf(addr) != f {
@@ -202,48 +241,75 @@ func parsePrefix(value []byte, f netfilter.Family) (addr, mask netip.Addr, err e
 // modules reads every "-m NAME options…", and the options of the protocol's
 // own module where "-p NAME" alone stands for it.
 func (p *ruleParser) modules() error {
+	p.orphans = 0
 	for i := 0; i < len(p.tokens); {
-		word := string(p.tokens[i].text)
-		switch {
-		case word == "-m" || word == "--match":
+		t := p.tokens[i]
+		switch t.general() {
+		case optMatch:
 			if i+1 >= len(p.tokens) {
 				return errors.New("-m needs a name")
 			}
 			end := p.extent(i + 2)
-			p.module(string(p.tokens[i+1].text), i, p.tokens[i+2:end], p.tokens[end-1].end)
+			p.module(string(p.tokens[i+1].text), i, end)
 			i = end
-		case i == p.target:
+		case optTarget:
 			i = p.extent(i + 2)
-		case word == "-f" || word == "--fragment":
+		case optFragment:
 			i++
-		case word == "-c" || word == "--set-counters":
+		case optCounters:
 			i += 3
-		case word == "!" && i+1 < len(p.tokens) && isGeneral(p.tokens[i+1].text):
-			i++
-		case isGeneral(p.tokens[i].text):
-			i += 2
-		case p.protocol != "" && (word == "!" || strings.HasPrefix(word, "--")):
+		case notGeneral:
+			if t.isNot() && i+1 < len(p.tokens) && p.tokens[i+1].general() != notGeneral {
+				i++
+				continue
+			}
 			end := p.extent(i)
-			if !p.ports(p.protocol, options(p.tokens[i:end])) {
-				return fmt.Errorf("unknown option %q", word)
+			if i == p.orphans && i > 0 {
+				i = end // read with the "-m" of the protocol, before
+				continue
+			}
+			if p.protocol == "" || !p.ports(p.protocol, p.options(i, end)) {
+				return fmt.Errorf("unknown option %q", t.text)
 			}
 			i = end
 		default:
-			return fmt.Errorf("unknown option %q", word)
+			i += 2
 		}
 	}
 	return nil
 }
 
+// findOrphans returns the first options behind i that stand behind no "-m" of
+// their own, as in "-m tcp -p tcp --dport 80": they belong to the protocol.
+func (p *ruleParser) findOrphans(i int) (start, end int) {
+	for i < len(p.tokens) {
+		switch opt := p.tokens[i].general(); {
+		case opt == optMatch || opt == optTarget:
+			i = p.extent(i + 2)
+		case opt == optFragment:
+			i++
+		case opt == optCounters:
+			i += 3
+		case opt != notGeneral:
+			i += 2
+		case p.tokens[i].isNot() && i+1 < len(p.tokens) && p.tokens[i+1].general() != notGeneral:
+			i++
+		default:
+			return i, p.extent(i)
+		}
+	}
+	return 0, 0
+}
+
 // extent returns the index behind the options of a module that begin at i.
 func (p *ruleParser) extent(i int) int {
 	for ; i < len(p.tokens); i++ {
-		word := p.tokens[i].text
-		if string(word) == "--comment" || string(word) == "--log-prefix" || string(word) == "--nflog-prefix" {
+		t := p.tokens[i]
+		if t.takesAnything() {
 			i++
 			continue
 		}
-		if isGeneral(word) || string(word) == "!" && i+1 < len(p.tokens) && isGeneral(p.tokens[i+1].text) {
+		if t.general() != notGeneral || t.isNot() && i+1 < len(p.tokens) && p.tokens[i+1].general() != notGeneral {
 			return i
 		}
 	}
@@ -254,7 +320,7 @@ func (p *ruleParser) extent(i int) int {
 type option struct {
 	not    bool
 	name   string
-	values [][]byte
+	values []token
 }
 
 func (o option) flags() uint8 {
@@ -269,34 +335,67 @@ func (o option) value() []byte {
 	if len(o.values) != 1 {
 		return nil
 	}
-	return o.values[0]
+	return o.values[0].text
 }
 
-func options(tokens []token) []option {
-	var out []option
+// options groups the words from i to end. The result is valid until the next
+// call.
+func (p *ruleParser) options(i, end int) []option {
+	out := p.opts[:0]
 	not := false
-	for _, t := range tokens {
+	for ; i < end; i++ {
+		t := p.tokens[i]
 		switch {
-		case string(t.text) == "!":
+		case t.isNot() && !not:
 			not = true
-		case bytes.HasPrefix(t.text, []byte("--")) && (len(out) == 0 || not || out[len(out)-1].name != "--comment" || len(out[len(out)-1].values) > 0):
-			out = append(out, option{not: not, name: string(t.text)})
-			not = false
-		case len(out) > 0:
-			out[len(out)-1].values = append(out[len(out)-1].values, t.text)
+			continue
+		case !t.quoted && bytes.HasPrefix(t.text, []byte("--")):
+			out = append(out, option{not: not, name: optionName(t.text), values: p.tokens[i+1 : i+1]})
+			if t.takesAnything() && i+1 < end {
+				i++
+				out[len(out)-1].values = p.tokens[i : i+1]
+			}
+		case len(out) > 0 && !not:
+			o := &out[len(out)-1]
+			o.values = o.values[:len(o.values)+1] // the words of one option stand side by side
 		default:
-			out = append(out, option{name: string(t.text)})
+			out = append(out, option{name: string(t.text), values: p.tokens[i+1 : i+1]})
 		}
+		not = false
 	}
+	if not {
+		out = append(out, option{name: "!"})
+	}
+	p.opts = out
 	return out
 }
 
+// optionName returns the name of an option, without making a string of the
+// usual ones.
+func optionName(b []byte) string {
+	for _, name := range usual {
+		if string(b) == name {
+			return name
+		}
+	}
+	return string(b)
+}
+
+var usual = [...]string{"--comment", "--dport", "--mode", "--probability", "--to-destination", "--set-xmark", "--mark", "--ctstate", "--src-type", "--dst-type"}
+
 // module reads one module. What it does not fully understand becomes one
 // Unknown expression: half a match is worse than none.
-func (p *ruleParser) module(name string, first int, tokens []token, end int) {
+func (p *ruleParser) module(name string, first, end int) {
 	start := p.chain.Mark()
-	raw := p.line[p.tokens[first].start:end]
-	if !p.known(name, options(tokens), raw) {
+	raw := p.line[p.tokens[first].start:p.tokens[end-1].end]
+	if end == first+2 && name == p.protocol {
+		if from, to := p.findOrphans(end); from > 0 && p.ports(name, p.options(from, to)) {
+			p.orphans = from
+			return
+		}
+		p.chain.Undo(start)
+	}
+	if !p.known(name, p.options(first+2, end), raw) {
 		p.chain.Undo(start)
 		p.chain.AddText(netfilter.Unknown, 0, 0, raw)
 	}
@@ -407,8 +506,8 @@ func (p *ruleParser) tcpFlags(o option, flags uint8) bool {
 	if len(o.values) != 2 {
 		return false
 	}
-	mask, ok1 := parseNames(o.values[0], tcpFlags)
-	comp, ok2 := parseNames(o.values[1], tcpFlags)
+	mask, ok1 := parseNames(o.values[0].text, tcpFlags)
+	comp, ok2 := parseNames(o.values[1].text, tcpFlags)
 	p.chain.Add(netfilter.Expr{Kind: netfilter.TCPFlags, Flags: flags, A: mask, B: comp})
 	return ok1 && ok2
 }
@@ -503,6 +602,9 @@ func (p *ruleParser) statistic(opts []option) bool {
 // the nearest multiple of 2^-31, counted in that unit (libxt_statistic.c). The
 // eleven digits that iptables-save prints give back the stored number exactly.
 func parseProbability(b []byte) (parts uint32, ok bool) {
+	if len(b) == 0 || len(bytes.Trim(b, "0123456789.")) > 0 {
+		return 0, false // ParseFloat takes more forms than iptables does
+	}
 	f, err := strconv.ParseFloat(string(b), 64)
 	if err != nil || f < 0 || f > 1 {
 		return 0, false
@@ -653,6 +755,12 @@ func (p *ruleParser) verdict() error {
 	rest := bytes.TrimLeft(raw[p.tokens[p.target+1].end-p.tokens[p.target+1].start:], " ")
 	if p.table.Lookup(name) == nil {
 		switch name {
+		case "ACCEPT", "DROP", "RETURN":
+			if len(words) > 0 {
+				return fmt.Errorf("unknown option %q behind %s", words[0].text, name)
+			}
+		}
+		switch name {
 		case "ACCEPT":
 			p.chain.Add(netfilter.Expr{Kind: netfilter.Accept})
 			return nil
@@ -675,11 +783,11 @@ func (p *ruleParser) verdict() error {
 			p.chain.AddText(netfilter.Masquerade, 0, 0, rest)
 			return nil
 		case "DNAT":
-			return p.dnat(options(words), rest)
+			return p.dnat(p.options(p.target+2, end), rest)
 		case "REDIRECT":
-			return p.redirect(options(words), rest)
+			return p.redirect(p.options(p.target+2, end), rest)
 		case "MARK", "CONNMARK":
-			if !p.setMark(name, options(words)) {
+			if !p.setMark(name, p.options(p.target+2, end)) {
 				p.chain.AddText(netfilter.UnknownTarget, 0, 0, raw)
 			}
 			return nil
@@ -712,7 +820,11 @@ func (p *ruleParser) dnat(opts []option, rest []byte) error {
 	if len(opts) == 0 || opts[0].name != "--to-destination" {
 		return errors.New("DNAT needs --to-destination")
 	}
-	to, ok := parseTarget(string(opts[0].value()))
+	value := string(opts[0].value())
+	to, ok := parseTarget(value)
+	if !ok && !isTargetRange(value) {
+		return fmt.Errorf("DNAT to %q, which is neither ADDRESS[:PORT] nor a range of them", value)
+	}
 	if !ok || len(opts) > 1 {
 		p.chain.AddText(netfilter.DNATRange, 0, 0, rest)
 		return nil
@@ -726,10 +838,10 @@ func (p *ruleParser) dnat(opts []option, rest []byte) error {
 // parseTarget reads ADDRESS, ADDRESS:PORT, [ADDRESS]:PORT or :PORT; it refuses
 // ranges.
 func parseTarget(s string) (netip.AddrPort, bool) {
-	if ap, err := netip.ParseAddrPort(s); err == nil {
+	if ap, err := netip.ParseAddrPort(s); err == nil && ap.Addr().Zone() == "" {
 		return ap, ap.Port() != 0
 	}
-	if a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]")); err == nil {
+	if a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]")); err == nil && a.Zone() == "" {
 		return netip.AddrPortFrom(a, 0), true
 	}
 	if port, ok := strings.CutPrefix(s, ":"); ok {
@@ -739,6 +851,39 @@ func parseTarget(s string) (netip.AddrPort, bool) {
 	return netip.AddrPort{}, false
 }
 
+// isTargetRange reports whether s is ADDRESS[-ADDRESS][:PORT[-PORT[/BASE]]],
+// IPv6 addresses in brackets where a port follows.
+func isTargetRange(s string) bool {
+	addrs, ports := s, ""
+	if i := strings.LastIndexByte(s, ':'); i >= 0 && (s[0] == '[' && i > strings.LastIndexByte(s, ']') || strings.Count(s, ":") == 1) {
+		addrs, ports = s[:i], s[i+1:]
+		if !isPortRange(ports) {
+			return false
+		}
+	}
+	if addrs == "" {
+		return ports != ""
+	}
+	addrs = strings.TrimSuffix(strings.TrimPrefix(addrs, "["), "]")
+	from, to, isRange := strings.Cut(addrs, "-")
+	a, err := netip.ParseAddr(from)
+	if err != nil || a.Zone() != "" || !isRange {
+		return err == nil && a.Zone() == ""
+	}
+	b, err := netip.ParseAddr(to)
+	return err == nil && b.Zone() == "" && a.BitLen() == b.BitLen()
+}
+
+// isPortRange reports whether s is PORT[-PORT[/BASE]].
+func isPortRange(s string) bool {
+	for part := range strings.FieldsFuncSeq(s, func(r rune) bool { return r == '-' || r == '/' }) {
+		if n, err := strconv.ParseUint(part, 10, 16); err != nil || n == 0 {
+			return false
+		}
+	}
+	return s != "" && s[0] != '-' && s[0] != '/'
+}
+
 func (p *ruleParser) redirect(opts []option, rest []byte) error {
 	var port uint64
 	for _, o := range opts {
@@ -746,7 +891,10 @@ func (p *ruleParser) redirect(opts []option, rest []byte) error {
 			continue
 		}
 		var ok bool
-		if port, ok = parseUint(o.value()); !ok || port > 65535 {
+		if port, ok = parseUint(o.value()); !ok || port == 0 || port > 65535 {
+			if !isPortRange(string(o.value())) {
+				return fmt.Errorf("REDIRECT to port %q", o.value())
+			}
 			// A range: which port it will be cannot be told.
 			p.chain.AddText(netfilter.DNATRange, 0, 1, rest)
 			return nil

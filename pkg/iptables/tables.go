@@ -40,13 +40,13 @@ var builtin = map[string]map[string]netfilter.Base{
 var protocols = map[string]uint8{
 	"icmp": 1, "igmp": 2, "ipencap": 4, "tcp": 6, "egp": 8, "udp": 17, "dccp": 33, "ipv6": 41, "gre": 47,
 	"esp": 50, "ah": 51, "ipv6-icmp": 58, "icmpv6": 58, "ospf": 89, "pim": 103, "vrrp": 112, "l2tp": 115,
-	"sctp": 132, "mh": 135, "udplite": 136,
+	"sctp": 132, "mobility-header": 135, "mh": 135, "udplite": 136,
 }
 
 var protocolNames = func() map[uint32]string {
 	m := make(map[uint32]string, len(protocols))
 	for name, n := range protocols {
-		if name != "icmpv6" {
+		if name != "icmpv6" && name != "mh" {
 			m[uint32(n)] = name
 		}
 	}

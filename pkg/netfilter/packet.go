@@ -15,9 +15,10 @@ const (
 	IPv6 Family = 6
 )
 
-// FamilyOf returns the family of an address; an IPv4-mapped IPv6 address is IPv4.
+// FamilyOf returns the family of an address. An IPv4-mapped IPv6 address is one
+// of IPv6, as it is for the rules.
 func FamilyOf(a netip.Addr) Family {
-	if a.Unmap().Is4() {
+	if a.Is4() {
 		return IPv4
 	}
 	return IPv6
