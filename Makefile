@@ -26,7 +26,7 @@ build: ## Build bin/agent and bin/echo, static (VERSION=v1.2.3 sets the version)
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/agent ./cmd/echo
 
 .PHONY: run
-run: build ## Run the demo, best as root; with ARGS, the agent: make run ARGS='doctor'
+run: build ## Run the demo, best as root; with ARGS, the agent: make run ARGS='services -o wide'
 	bin/agent $(ARGS)
 
 .PHONY: test

@@ -80,7 +80,7 @@ func (f *facts) addEnds(v *View, class Class, sources []netip.Prefix, ends []end
 		switch {
 		case s.has(notTracked):
 			f.untracked = appendNew(f.untracked, s.by)
-		case s.verdict == DNAT && r.watch != nil && !s.has(viaDispatch):
+		case r.watch != nil && !s.has(viaDispatch) && (s.verdict == DNAT || s.has(shadowed)):
 			f.bypassed = appendNew(f.bypassed, s.by)
 		case s.verdict == DNAT && !s.has(masqueraded) && s.mark&r.family.masquerade != 0 && (class == Host || !v.node.isLocal(s.to.Addr())):
 			f.unmarked = true
@@ -153,7 +153,7 @@ func (v *View) find(p *Programmed, d *discovery) {
 		f.add(FrontendConflict, Warning, []RuleRef{c.first.rule, c.rule},
 			"%s is also a frontend of %s: the first rule wins, and which that is may change with every sync", frontendText(c.first.front), c.other)
 	}
-	v.scanChains(node, byHash)
+	v.scanChains(&owners{node: node, byHash: byHash, programmed: p})
 }
 
 // finder collects findings about one Service, or about the node.
@@ -162,9 +162,15 @@ type finder struct {
 	out          *[]Finding
 	service      *ServicePort
 	missingHooks map[Class]bool // classes whose packets never enter KUBE-SERVICES
+	owners       *owners        // finds the Service of a chain, where service is not set yet
 }
 
 func (f *finder) add(code Code, s Severity, rules []RuleRef, format string, args ...any) {
+	if f.owners != nil && len(rules) > 0 {
+		if owner := f.owners.endpoint(rules[0].Chain.Name); owner != nil {
+			f = &finder{view: f.view, out: &owner.Findings, service: &owner.ServicePort}
+		}
+	}
 	one := Finding{Code: code, Severity: s, Service: f.service, Message: fmt.Sprintf(format, args...), Rules: rules}
 	for _, other := range *f.out {
 		if other.Code == one.Code && other.Message == one.Message {
@@ -333,7 +339,8 @@ func (f *finder) backends() {
 		var holders []RuleRef
 		var names []string
 		for _, t := range f.view.rules.Tables {
-			if c := t.Lookup("KUBE-SERVICES"); t.Family == fv.family && t.Name == "nat" && c != nil && c.Len() > 0 {
+			c := t.Lookup("KUBE-SERVICES")
+			if t.Family == fv.family && t.Name == "nat" && c != nil && c.Len() > 0 && (leads(t, netfilter.Prerouting, c) || leads(t, netfilter.Output, c)) {
 				holders = append(holders, RuleRef{t, c, 0})
 				names = append(names, string(t.Backend))
 			}

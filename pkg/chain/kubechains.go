@@ -46,9 +46,44 @@ func kind(table, chain string) (own, bool) {
 	return own{}, false
 }
 
+// owners tells which Service a chain belongs to.
+type owners struct {
+	node       *finder // for chains of no Service
+	byHash     map[string]*Service
+	endpoints  map[string]*Service // by the name of a KUBE-SEP chain; made when needed
+	programmed *Programmed
+}
+
+// finder returns what collects findings about a chain, with the Service that
+// owns it as their subject. That of an endpoint's chain is looked up later.
+func (o *owners) finder(c *netfilter.Chain) *finder {
+	if s := o.byHash[chainHash(c.Name)]; s != nil {
+		return &finder{view: o.node.view, out: &s.Findings, service: &s.ServicePort}
+	}
+	return &finder{view: o.node.view, out: o.node.out, owners: o}
+}
+
+// endpoint returns the Service that sends to an endpoint's chain, or nil.
+func (o *owners) endpoint(chain string) *Service {
+	if o.endpoints == nil {
+		o.endpoints = map[string]*Service{}
+		for i := range o.programmed.Services {
+			s := &o.programmed.Services[i]
+			for _, f := range s.Frontends {
+				for _, r := range f.Routes {
+					for _, e := range r.Endpoints {
+						o.endpoints[e.Chain] = s
+					}
+				}
+			}
+		}
+	}
+	return o.endpoints[chain]
+}
+
 // scanChains looks at every chain of kube-proxy for rules that it does not
 // write, and for endpoint rules that nothing can reach.
-func (v *View) scanChains(node *finder, services map[string]*Service) {
+func (v *View) scanChains(owners *owners) {
 	for _, t := range v.rules.Tables {
 		if t.Lookup("KUBE-NODE-PORT") != nil {
 			continue // ipvs mode, which writes other rules into chains of the same names
@@ -58,10 +93,7 @@ func (v *View) scanChains(node *finder, services map[string]*Service) {
 			if !ok {
 				continue
 			}
-			f := node
-			if s := services[chainHash(c.Name)]; s != nil {
-				f = &finder{view: v, out: &s.Findings, service: &s.ServicePort}
-			}
+			f := owners.finder(c)
 			for i := range c.Len() {
 				if !o.writes(t, c.Rule(i)) {
 					f.add(ForeignRule, Warning, []RuleRef{{t, c, i}}, "rule %d of %s is none that kube-proxy writes; it stays until kube-proxy rewrites the chain, which may be never", i+1, c.Name)

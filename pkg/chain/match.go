@@ -233,6 +233,14 @@ func (r *run) addrRange(text []byte, which uint16, s *state) answer {
 // chance is a fraction of the packets that reach a rule.
 type chance struct{ num, den uint32 }
 
+// times returns the chance that both hold, rounded to 2^-31 if need be.
+func (p chance) times(q chance) chance {
+	if p == always {
+		return q
+	}
+	return chance{uint32(uint64(p.num) << 31 / uint64(p.den) * uint64(q.num) / uint64(q.den)), 1 << 31}
+}
+
 // always is the chance of a rule without a random match.
 var always = chance{1, 1}
 

@@ -210,8 +210,7 @@ func (v *View) discover() *discovery {
 // asked is what a dispatch rule asks of a packet.
 type asked struct {
 	addr     netip.Addr // of a single destination
-	dest     netip.Prefix
-	local    bool // any address of the node
+	local    bool       // any address of the node
 	port     uint16
 	protocol netfilter.Protocol
 	comment  string
@@ -224,11 +223,8 @@ func ask(ref RuleRef) asked {
 	for _, e := range rule {
 		switch e.Kind {
 		case netfilter.Destination:
-			if p, ok := ref.Chain.CIDR(e); ok && !e.Negated() {
-				a.dest = p
-				if p.IsSingleIP() {
-					a.addr = p.Addr()
-				}
+			if p, ok := ref.Chain.CIDR(e); ok && !e.Negated() && p.IsSingleIP() {
+				a.addr = p.Addr()
 			}
 		case netfilter.DestinationType:
 			a.local = e.A&netfilter.AddrLocal != 0 && !e.Negated()

@@ -198,7 +198,7 @@ func dump(program string, parts ...string) string {
 		for line := range strings.Lines(frame[table]) {
 			line = strings.TrimSpace(line)
 			f := strings.Fields(line)
-			if line == "" {
+			if len(f) == 0 {
 				continue
 			}
 			for _, text := range without[table] {
@@ -216,16 +216,17 @@ func dump(program string, parts ...string) string {
 		}
 		// Jumps of the frame to chains that nothing fills stay valid.
 		for _, line := range rules {
-			name := strings.TrimPrefix(line, ":")
-			if f := strings.Fields(line); f[0] == "-A" {
-				name = f[1]
+			name, isChain := strings.CutPrefix(line, ":")
+			if !isChain {
+				_, rule, _ := strings.Cut(line, "-A ") // behind counters
+				name, _, _ = strings.Cut(rule, " ")
 			}
 			if !slices.Contains(declared, name) {
 				declared = append(declared, name)
 				fmt.Fprintf(&b, ":%s - [0:0]\n", name)
 			}
 		}
-		for _, c := range []string{"KUBE-SERVICES", "KUBE-EXTERNAL-SERVICES", "KUBE-NODEPORTS", "KUBE-PROXY-FIREWALL"} {
+		for _, c := range []string{"KUBE-SERVICES", "KUBE-EXTERNAL-SERVICES", "KUBE-NODEPORTS", "KUBE-PROXY-FIREWALL", "KUBE-FIREWALL"} {
 			if (table == "filter" || table == "nat" && c == "KUBE-SERVICES") && !slices.Contains(declared, c) {
 				fmt.Fprintf(&b, ":%s - [0:0]\n", c)
 			}
@@ -389,8 +390,8 @@ func traceFrom(t *testing.T, v *chain.View, source, to string) *chain.Trace {
 
 func want(lines ...string) string { return strings.Join(lines, "\n") }
 
-// lines expects the same from pods, where it is not masqueraded, and from the
-// node and from outside, where it is.
+// clusterWide are the lines of a ClusterIP whose connections are masqueraded
+// but for those of pods.
 func clusterWide(name, endpoints string) string {
 	return want(name+" ClusterIP pod: dnat "+endpoints, name+" ClusterIP node,external: dnat masq "+endpoints)
 }
@@ -733,7 +734,8 @@ func TestTraps(t *testing.T) {
 -A KUBE-SERVICES -d 192.0.2.10/32 -p tcp -m comment --comment "shop/a:http loadbalancer IP" -m tcp --dport 30080 -j EXT-a`,
 				nodePorts, nodePort("b", 30080), clusterIP("b", "10.96.0.11"), endpoints("b", 3), toEndpoint("b", 3, ""), extCluster("b"),
 				"*filter", `-A KUBE-EXTERNAL-SERVICES -d 192.0.2.10/32 -p tcp -m comment --comment "shop/a:http has no local endpoints" -m tcp --dport 30080 -j DROP`},
-			"",
+			want(clusterWide("a", "1=0.5 2=0.5"), "a LoadBalancer pod: dnat 1=0.5 2=0.5", "a LoadBalancer node: dnat masq 1=0.5 2=0.5", "a LoadBalancer external: dnat masq 3=1",
+				clusterWide("b", "3=1"), "b NodePort pod: dnat 1=0.5 2=0.5", "b NodePort node: dnat masq 1=0.5 2=0.5", "b NodePort external: dnat masq 3=1", "! b ForeignRule"),
 		},
 		{
 			"chains of kubelet only", []string{"*nat", "WITHOUT KUBE", "*filter", "WITHOUT KUBE-S", "WITHOUT KUBE-E", "WITHOUT KUBE-P", "WITHOUT KUBE-N", "WITHOUT KUBE-FO", "*mangle", ":KUBE-KUBELET-CANARY"},
@@ -791,9 +793,6 @@ func TestTraps(t *testing.T) {
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if c.want == "" {
-				t.Skip("stands alone") // replaced below
-			}
 			got := tell(viewOf(t, theNode(), c.rules...).Services())
 			if diff := cmp.Diff(c.want, got); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
@@ -802,5 +801,652 @@ func TestTraps(t *testing.T) {
 	}
 }
 
-var _ = big.NewRat
-var _ = rand.IntN
+// Who connects to itself would get answers without the Service's address, but
+// for the masquerade, which is for that endpoint only.
+func TestHairpin(t *testing.T) {
+	v := viewOf(t, theNode(), usual())
+	if got, want := tellTrace(traceFrom(t, v, "10.244.0.1", "10.96.0.10:80")), "dnat 1 masq=0.5, dnat 2=0.5"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	if got, want := tellTrace(traceFrom(t, v, "10.244.0.3", "10.96.0.10:80")), "dnat 1=0.5, dnat 2=0.5"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+// A new client is in no list, whatever the number of rules: the shares are its,
+// and how long it will be kept is told apart.
+func TestAffinityTimeout(t *testing.T) {
+	rules := clusterIP("a", "10.96.0.10") + endpoints("a", 1, 2) +
+		"-A SVC-a -m recent --rcheck --seconds 300 --reap --name SEP-a-1 --mask 255.255.255.255 --rsource -j SEP-a-1\n" +
+		toEndpoint("a", 1, half) + toEndpoint("a", 2, "")
+	p := viewOf(t, theNode(), rules, clusterIP("b", "10.96.0.11"), endpoints("b", 1), toEndpoint("b", 1, "")).Services()
+	if len(p.Services) != 2 || p.Services[0].AffinitySeconds != 300 || p.Services[1].AffinitySeconds != 0 {
+		t.Errorf("got %+v", p.Services)
+	}
+}
+
+// Above 1000 endpoints kube-proxy writes no comments at endpoints, and a dump
+// may have none at all: then a chain's own name is all there is to tell.
+func TestServicesWithoutComments(t *testing.T) {
+	text := regexp.MustCompile(` -m comment --comment ("[^"]*"|\S+)`).ReplaceAllString(dump("iptables-save", usual()), "")
+	p := chain.NewView(rulesOf(t, text), theNode()).Services()
+	want := strings.ReplaceAll(clusterWide("x", "1=0.5 2=0.5"), "x ", "/"+chain.ServiceChain("KUBE-SVC-", servicePort("a"))+" ")
+	if diff := cmp.Diff(want, tell(p)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// A Service of 1,000 endpoints: each gets a thousandth, and nothing is lost in
+// rounding.
+func TestThousandEndpoints(t *testing.T) {
+	const n = 1000
+	var b strings.Builder
+	b.WriteString(clusterIP("a", "10.96.0.10"))
+	for i := range n {
+		chance := ""
+		if i < n-1 {
+			stored := fmt.Sprintf("%.10f", 1/float64(n-i)) // as kube-proxy writes it
+			chance = fmt.Sprintf("-m statistic --mode random --probability %.11f ", float64(kernelChance(t, stored))/(1<<31))
+		}
+		fmt.Fprintf(&b, "-A SVC-a %s-j KUBE-SEP-%016d\n-A KUBE-SEP-%016d -p tcp -m tcp -j DNAT --to-destination 10.244.%d.%d:8080\n", chance, i, i, 10+i/200, 1+i%200)
+	}
+	p := viewOf(t, theNode(), b.String()).Services()
+	if len(p.Services) != 1 || len(p.Services[0].Findings) > 0 && p.Services[0].Findings[0].Code != chain.MasqueradeMissing {
+		t.Fatalf("got %s", tell(p))
+	}
+	for _, r := range p.Services[0].Frontends[0].Routes {
+		if len(r.Endpoints) != n || !r.Undelivered.IsZero() {
+			t.Errorf("%v: %d endpoints, undelivered %v", r.From, len(r.Endpoints), r.Undelivered.Float64())
+		}
+		left := new(big.Rat).SetInt64(1)
+		for _, ep := range r.Endpoints {
+			if d := ep.Share.Float64() - 1.0/n; d > 4e-10 || d < -4e-10 {
+				t.Errorf("%v gets %v", ep.Address, ep.Share.Float64())
+			}
+			// The chain's order is that of the addresses, so that the exact
+			// share is easy to know.
+			i := slices.IndexFunc(r.Endpoints, func(o chain.Endpoint) bool { return o.Address == ep.Address })
+			want := new(big.Rat).Set(left)
+			if i < n-1 {
+				want.Mul(want, big.NewRat(int64(kernelChance(t, fmt.Sprintf("%.10f", 1/float64(n-i)))), 1<<31))
+			}
+			left.Sub(left, want)
+			if text := ep.Share.Exact(); text != "" && text != want.String() {
+				t.Errorf("%v gets exactly %s, want %s", ep.Address, text, want)
+			}
+			if f, _ := want.Float64(); f != ep.Share.Float64() {
+				t.Errorf("%v gets %v, want %v", ep.Address, ep.Share.Float64(), f)
+			}
+		}
+		if left.Sign() != 0 {
+			t.Errorf("%v is left", left)
+		}
+	}
+}
+
+// kernelChance is what the kernel stores for a probability (libxt_statistic.c).
+func kernelChance(t *testing.T, text string) uint32 {
+	t.Helper()
+	p, ok := new(big.Rat).SetString(text)
+	if !ok {
+		t.Fatalf("not a number: %q", text)
+	}
+	p.Mul(p, big.NewRat(1<<31, 1)).Add(p, big.NewRat(1, 2))
+	return uint32(new(big.Int).Div(p.Num(), p.Denom()).Uint64())
+}
+
+// With both backends in use, the kernel asks one nat table first, and what that
+// rewrites no other is asked about. The filter tables of both count.
+func TestBothBackends(t *testing.T) {
+	stale := rulesOf(t, dump("iptables-save", clusterIP("a", "10.96.0.10"), endpoints("a", 9), toEndpoint("a", 9, "")))
+	fresh := rulesOf(t, strings.Replace(dump("iptables-save", usual(), clusterIP("b", "10.96.0.11"), endpoints("b", 3), toEndpoint("b", 3, "")), "iptables-save v1.8.9", "iptables-save v1.8.9 (nf_tables)", 1))
+	for _, c := range []struct {
+		name string
+		sets []*netfilter.Ruleset
+		want string
+	}{
+		{"stale first", []*netfilter.Ruleset{stale, fresh}, want(clusterWide("a", "9=1"), clusterWide("b", "3=1"), "! BackendConflict")},
+		{"fresh first", []*netfilter.Ruleset{fresh, stale}, want(clusterWide("a", "1=0.5 2=0.5"), clusterWide("b", "3=1"), "! BackendConflict")},
+	} {
+		rs, err := iptables.Merge(c.sets...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(c.want, tell(chain.NewView(rs, theNode()).Services())); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", c.name, diff)
+		}
+	}
+
+	// kubelet's empty chains in the other backend are no conflict.
+	idle := rulesOf(t, dump("iptables-save", "*nat\nWITHOUT KUBE-SERVICES\n*filter\nWITHOUT KUBE-S"))
+	rs, err := iptables.Merge(idle, fresh)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := tell(chain.NewView(rs, theNode()).Services()); strings.Contains(got, "!") {
+		t.Errorf("with empty chains in the other backend: %s", got)
+	}
+}
+
+// A table that could not be read is never a table without rules.
+func TestUnreadableTable(t *testing.T) {
+	text := dump("iptables-save", usual())
+	text = text[:strings.Index(text, "*nat")] + "# Table `nat' is incompatible, use 'nft' tool.\n"
+	got := tell(chain.NewView(rulesOf(t, text), theNode()).Services())
+	if !strings.Contains(got, "! RulesUnreadable") {
+		t.Errorf("got %q", got)
+	}
+}
+
+// 127.0.0.1 works as a NodePort's address only where the kernel is told to let
+// such packets out; the rules are the same either way.
+func TestLocalhostNodePort(t *testing.T) {
+	rules := []string{usual(), extCluster("a"), nodePorts, nodePort("a", 30080)}
+	for _, c := range []struct {
+		name, to string
+		sysctl   bool
+		extra    string
+		want     string
+	}{
+		{"route_localnet on", "127.0.0.1:30080", true, "", "dnat 1 masq=0.5, dnat 2 masq=0.5"},
+		{"route_localnet off", "127.0.0.1:30080", false, "", "drop"},
+		{"not for localhost", "127.0.0.1:30080", true, "! -d 127.0.0.0/8 ", "none"},
+		{"the node's own address", nodeIP + ":30080", false, "", "dnat 1 masq=0.5, dnat 2 masq=0.5"},
+	} {
+		node := theNode()
+		node.NoRouteLocalnet = !c.sysctl
+		text := strings.Replace(dump("iptables-save", rules...), "-m addrtype --dst-type LOCAL -j KUBE-NODEPORTS", c.extra+"-m addrtype --dst-type LOCAL -j KUBE-NODEPORTS", 1)
+		v := chain.NewView(rulesOf(t, text), node)
+		to := netip.MustParseAddrPort(c.to)
+		if got := tellTrace(traceFrom(t, v, to.Addr().String(), c.to)); got != c.want {
+			t.Errorf("%s: %s, want %s", c.name, got, c.want)
+		}
+	}
+}
+
+// With --nodeport-addresses a NodePort answers on some of the node's addresses
+// only: elsewhere there is no rule, which is no fault.
+func TestNodePortAddresses(t *testing.T) {
+	node := theNode()
+	node.Local = append(node.Local, netip.MustParseAddr("198.51.100.1"))
+	v := viewOf(t, node, usual(), extCluster("a"), nodePort("a", 30080),
+		`*nat
+-A KUBE-SERVICES -d 198.51.100.1/32 -m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain" -j KUBE-NODEPORTS`)
+	p := v.Services()
+	if diff := cmp.Diff(want(clusterWide("a", "1=0.5 2=0.5"), "a NodePort pod,node,external: dnat masq 1=0.5 2=0.5"), tell(p)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	if got := p.Services[0].Frontends[1].Accepted; !slices.Equal(got, []netip.Addr{netip.MustParseAddr("198.51.100.1")}) {
+		t.Errorf("accepted on %v", got)
+	}
+	for to, want := range map[string]string{nodeIP + ":30080": "none", "198.51.100.1:30080": "dnat 1 masq=0.5, dnat 2 masq=0.5"} {
+		if got := tellTrace(traceFrom(t, v, "203.0.113.200", to)); got != want {
+			t.Errorf("%s: %s, want %s", to, got, want)
+		}
+	}
+}
+
+// IPv6 has tables, addresses and marks of its own.
+func TestIPv6(t *testing.T) {
+	six := strings.NewReplacer("10.96.0.10/32", "fd00:10:96::10/128", podRange, "fd00:10:244::/56", "10.244.0.", "fd00:10:244::")
+	nat := `*nat
+-A KUBE-SERVICES -d fd00:10:96::10/128 -p tcp -m comment --comment "shop/a:http cluster IP" -m tcp --dport 80 -j SVC-a
+-A SVC-a ! -s fd00:10:244::/56 -d fd00:10:96::10/128 -p tcp -m comment --comment "shop/a:http cluster IP" -m tcp --dport 80 -j KUBE-MARK-MASQ
+-A SVC-a -m comment --comment "shop/a:http -> [fd00:10:244::1]:8080" -m statistic --mode random --probability 0.50000000000 -j SEP-a-1
+-A SVC-a -m comment --comment "shop/a:http -> [fd00:10:244::2]:8080" -j SEP-a-2
+-A SEP-a-1 -s fd00:10:244::1/128 -m comment --comment "shop/a:http" -j KUBE-MARK-MASQ
+-A SEP-a-1 -p tcp -m comment --comment "shop/a:http" -m tcp -j DNAT --to-destination [fd00:10:244::1]:8080
+-A SEP-a-2 -s fd00:10:244::2/128 -m comment --comment "shop/a:http" -j KUBE-MARK-MASQ
+-A SEP-a-2 -p tcp -m comment --comment "shop/a:http" -m tcp -j DNAT --to-destination [fd00:10:244::2]:8080
+-A KUBE-SERVICES ! -d ::1/128 -m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain" -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+` + nodePort("a", 30080) + six.Replace(extLocal("a")) + `*filter
+-A KUBE-SERVICES -d fd00:10:96::11/128 -p tcp -m comment --comment "shop/b:http has no endpoints" -m tcp --dport 80 -j REJECT --reject-with icmp6-port-unreachable
+-A KUBE-EXTERNAL-SERVICES -p tcp -m comment --comment "shop/a:http has no local endpoints" -m addrtype --dst-type LOCAL -m tcp --dport 30080 -j DROP
+`
+	text := dump("ip6tables-save", nat)
+	v := chain.NewView(rulesOf(t, text), theNode())
+	one, two := "[fd00:10:244::1]:8080", "[fd00:10:244::2]:8080"
+	both := one + "=0.5 " + two + "=0.5"
+	p := v.Services()
+	if diff := cmp.Diff(want(clusterWide("a", both), "a NodePort pod: dnat "+both, "a NodePort node: dnat masq "+both, "a NodePort external: drop lost=1",
+		"b ClusterIP pod,node,external: reject lost=1"), tell(p)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	if f := p.Services[0].Frontends[0]; f.Family != netfilter.IPv6 || f.Address != netip.MustParseAddr("fd00:10:96::10") {
+		t.Errorf("the ClusterIP is %v of %v", f.Address, f.Family)
+	}
+	for source, want := range map[string]string{
+		"fd00:10:244::1": "dnat " + one + " masq=0.5, dnat " + two + "=0.5",
+		"2001:db8::10":   "dnat " + one + " masq=0.5, dnat " + two + " masq=0.5",
+	} {
+		if got := tellTrace(traceFrom(t, v, source, "[fd00:10:96::10]:80")); got != want {
+			t.Errorf("from %s: %s, want %s", source, got, want)
+		}
+	}
+	// Never on the loopback address, whatever the sysctl says: it goes on to the
+	// filter with the address it came with.
+	if got := tellTrace(traceFrom(t, v, "::1", "[::1]:30080")); got != "drop" {
+		t.Errorf("NodePort on ::1: %s", got)
+	}
+	// There is no table of IPv4 to ask.
+	if _, ok := v.Trace(v.PacketFrom(netip.MustParseAddr("10.244.0.9"), netip.MustParseAddrPort("10.96.0.10:80"), netfilter.TCP)); ok {
+		t.Error("a packet of IPv4 was walked through tables of IPv6")
+	}
+
+	// A dual-stack Service has two answers, which may differ.
+	rs, err := iptables.Merge(rulesOf(t, dump("iptables-save", clusterIP("a", "10.96.0.10"), endpoints("a", 3), toEndpoint("a", 3, ""))), rulesOf(t, text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want(clusterWide("a", "3=1"), clusterWide("a", both), "a NodePort pod: dnat "+both, "a NodePort node: dnat masq "+both, "a NodePort external: drop lost=1",
+		"b ClusterIP pod,node,external: reject lost=1"), tell(chain.NewView(rs, theNode()).Services())); diff != "" {
+		t.Errorf("dual-stack (-want +got):\n%s", diff)
+	}
+}
+
+// What cannot be decided gives the least and the greatest share, and the rules
+// that this hangs on; where it changes nothing, none.
+func TestTraceOfUnknownMatches(t *testing.T) {
+	drop := `*filter
+-A FORWARD -m set --match-set blocked src -j DROP`
+	for _, c := range []struct {
+		name  string
+		rules []string
+		want  string
+		rule  string // the unknown one, as printed; empty for none
+	}{
+		{"a drop that may match", []string{drop, usual()}, "drop=0..1, dnat 1=0..0.5, dnat 2=0..0.5", "-A FORWARD -m set --match-set blocked src -j DROP"},
+		{"a log", []string{strings.Replace(drop, "DROP", "LOG", 1), usual()}, "dnat 1=0.5, dnat 2=0.5", ""},
+		{"an accept of what would pass", []string{strings.Replace(drop, "DROP", "ACCEPT", 1), usual()}, "dnat 1=0.5, dnat 2=0.5", ""},
+		{
+			"an accept of what would be dropped", []string{strings.Replace(drop, "DROP", "ACCEPT", 1), "DROP FORWARD", usual()},
+			"drop=0..1, dnat 1=0..0.5, dnat 2=0..0.5", "-A FORWARD -m set --match-set blocked src -j ACCEPT",
+		},
+		{"a drop in another hook", []string{strings.Replace(drop, "FORWARD", "INPUT", 1), usual()}, "dnat 1=0.5, dnat 2=0.5", ""},
+		{
+			"a way around in nat", []string{"*nat\n-A PREROUTING -m set --match-set bypass src -j ACCEPT", usual()},
+			"accept=0..1, dnat 1=0..0.5, dnat 2=0..0.5", "-A PREROUTING -m set --match-set bypass src -j ACCEPT",
+		},
+		{
+			"two unknown, of which one matters", []string{"*nat\n-A PREROUTING -m owner --uid-owner 5 -j LOG\n-A PREROUTING -m owner --uid-owner 6 -j MARK --set-xmark 0x1/0x1", drop, usual()},
+			"drop=0..1, dnat 1=0..0.5, dnat 2=0..0.5", "-A FORWARD -m set --match-set blocked src -j DROP",
+		},
+	} {
+		v := viewOf(t, theNode(), c.rules...)
+		tr := traceFrom(t, v, "10.244.0.9", "10.96.0.10:80")
+		if got := tellTrace(tr); got != c.want {
+			t.Errorf("%s: %s, want %s", c.name, got, c.want)
+		}
+		var got []string
+		for _, ref := range tr.Unknown {
+			got = append(got, iptables.RuleText(ref.Table, ref.Chain, ref.Index))
+		}
+		if strings.Join(got, "\n") != c.rule {
+			t.Errorf("%s: depends on %q, want %q", c.name, got, c.rule)
+		}
+	}
+}
+
+// The path names the rules that decided, and what became of the connection at
+// each of them.
+func TestTracePath(t *testing.T) {
+	v := viewOf(t, theNode(), usual())
+	tr := traceFrom(t, v, "203.0.113.200", "10.96.0.10:80")
+	if got, want := tellTrace(tr), "dnat 1 masq=0.5, dnat 2 masq=0.5"; got != want {
+		t.Fatalf("%s, want %s", got, want)
+	}
+	for i, o := range tr.Outcomes {
+		var chains []string
+		for _, s := range o.Path {
+			if s.Chain.Base == nil || len(chains) == 0 || chains[len(chains)-1] != s.Chain.Name {
+				chains = append(chains, s.Chain.Name)
+			}
+			if s.Index < s.Chain.Len() && iptables.RuleText(s.Table, s.Chain, s.Index) == "" {
+				t.Error("a step without a rule")
+			}
+		}
+		want := spell(fmt.Sprintf("PREROUTING KUBE-SERVICES SVC-a KUBE-MARK-MASQ SVC-a SEP-a-%d", i+1))
+		if got := strings.Join(chains[:min(6, len(chains))], " "); got != want {
+			t.Errorf("the path is %v, want %s", chains, want)
+		}
+		last := o.Path[len(o.Path)-1]
+		if last.Share.Cmp(o.Share) != 0 {
+			t.Errorf("the last step has the share %v, the outcome %v", last.Share.Exact(), o.Share.Exact())
+		}
+	}
+	if s := tr.Outcomes[0].Path[5]; s.Effect.Kind != netfilter.Jump && s.Effect.Kind != netfilter.DNAT {
+		t.Errorf("the sixth step is %+v", s)
+	}
+	policy := viewOf(t, theNode(), usual(), "*filter", "DROP FORWARD")
+	tr = traceFrom(t, policy, "10.244.0.9", "10.96.0.10:80")
+	if got := tellTrace(tr); got != "drop" {
+		t.Fatalf("%s, want drop", got)
+	}
+	if s := tr.Outcomes[0].Path[len(tr.Outcomes[0].Path)-1]; s.Chain.Name != "FORWARD" || s.Index != s.Chain.Len() || s.Effect.Kind != netfilter.Drop {
+		t.Errorf("the last step is %s %d, want the policy of FORWARD", s.Chain.Name, s.Index)
+	}
+}
+
+// A chain of random rules: the shares are the products of the rules' own
+// fractions, without any rounding, and add up to everything.
+func TestRandomChains(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for range 200 {
+		n := 1 + r.IntN(40)
+		var b strings.Builder
+		b.WriteString(clusterIP("a", "10.96.0.10"))
+		left := big.NewRat(1, 1)
+		wants := map[netip.AddrPort]*big.Rat{}
+		for range n {
+			stored := r.Uint32N(1<<31 + 1)
+			switch r.IntN(8) {
+			case 0:
+				stored = 0
+			case 1:
+				stored = 1
+			case 2:
+				stored = 1<<31 - 1
+			case 3:
+				if r.IntN(4) == 0 {
+					stored = 1 << 31
+				}
+			}
+			p := big.NewRat(int64(stored), 1<<31)
+			rule := fmt.Sprintf("-m statistic --mode random --probability %.11f ", float64(stored)/(1<<31))
+			switch r.IntN(8) {
+			case 0:
+				rule = strings.Replace(rule, "--prob", "! --prob", 1)
+				p.Sub(big.NewRat(1, 1), p)
+			case 1:
+				every := 1 + r.IntN(9)
+				rule = fmt.Sprintf("-m statistic --mode nth --every %d --packet 0 ", every)
+				p = big.NewRat(1, int64(every))
+			}
+			// Some endpoints stand in several rules.
+			k := 1 + r.IntN(n)
+			taken := new(big.Rat).Mul(left, p)
+			rest := new(big.Rat).Sub(left, taken)
+			if tiny(taken) || tiny(rest) {
+				continue
+			}
+			fmt.Fprintf(&b, "-A SVC-a %s-j KUBE-SEP-%016d\n", rule, k)
+			to := podPort(fmt.Sprint(k))
+			if wants[to] == nil {
+				wants[to] = new(big.Rat)
+				fmt.Fprintf(&b, "-A KUBE-SEP-%016d -p tcp -m tcp -j DNAT --to-destination %v\n", k, to)
+			}
+			wants[to].Add(wants[to], taken)
+			left = rest
+		}
+		v := viewOf(t, theNode(), b.String())
+		tr := traceFrom(t, v, "10.244.200.1", "10.96.0.10:80")
+		sum := new(big.Rat)
+		for _, o := range tr.Outcomes {
+			got, ok := new(big.Rat).SetString(o.Share.Exact())
+			if !ok {
+				t.Fatalf("the share of %v is not told exactly", o.To)
+			}
+			sum.Add(sum, got)
+			want := left
+			if o.Verdict == chain.DNAT {
+				want = wants[o.To]
+				delete(wants, o.To)
+			}
+			if want == nil || got.Cmp(want) != 0 {
+				t.Errorf("%v gets %v, want %v, of:\n%s", o.To, got, want, b.String())
+			}
+		}
+		for to, want := range wants {
+			if want.Sign() != 0 {
+				t.Errorf("%v gets nothing, want %v", to, want)
+			}
+		}
+		if sum.Cmp(big.NewRat(1, 1)) != 0 {
+			t.Errorf("the shares add up to %v", sum)
+		}
+	}
+}
+
+// tiny reports whether a share is beyond what is kept of shares: less than one
+// connection in 2^100.
+func tiny(share *big.Rat) bool {
+	return share.Sign() != 0 && share.Cmp(new(big.Rat).SetFrac(big.NewInt(1), new(big.Int).Lsh(big.NewInt(1), 100))) < 0
+}
+
+// wildRule is a rule of the generated chains below, and what it is to the
+// evaluator: no part of the program under test takes part in the reference.
+type wildRule struct {
+	text   string
+	holds  bool     // its matches but for chance
+	chance *big.Rat // nil for always
+	act    string   // "dnat", "accept", "return", "mark", "jump", "goto", "note"
+	to     netip.AddrPort
+	target int
+}
+
+// rest is where a part of the connections came to: dnat or accept, or "" for
+// what came back, each with or without the mark.
+type rest struct {
+	act    string
+	to     netip.AddrPort
+	marked bool
+}
+
+// reckon adds the shares of what the rules of chain c from i on make of a
+// share. It is exponential and obvious.
+func reckon(chains [][]wildRule, c, i int, share *big.Rat, marked bool, out map[rest]*big.Rat) {
+	if share.Sign() == 0 {
+		return
+	}
+	settle := func(r rest) {
+		if out[r] == nil {
+			out[r] = new(big.Rat)
+		}
+		out[r].Add(out[r], share)
+	}
+	if i == len(chains[c]) {
+		settle(rest{marked: marked})
+		return
+	}
+	rule := chains[c][i]
+	if !rule.holds {
+		reckon(chains, c, i+1, share, marked, out)
+		return
+	}
+	if rule.chance != nil {
+		taken := new(big.Rat).Mul(share, rule.chance)
+		reckon(chains, c, i+1, new(big.Rat).Sub(share, taken), marked, out)
+		if share = taken; share.Sign() == 0 {
+			return
+		}
+	}
+	switch rule.act {
+	case "dnat", "accept":
+		settle(rest{rule.act, rule.to, marked})
+	case "return":
+		settle(rest{marked: marked})
+	case "mark":
+		reckon(chains, c, i+1, share, true, out)
+	case "note":
+		reckon(chains, c, i+1, share, marked, out)
+	case "jump", "goto":
+		inner := map[rest]*big.Rat{}
+		reckon(chains, rule.target, 0, share, marked, inner)
+		for r, s := range inner {
+			switch {
+			case r.act == "" && rule.act == "jump":
+				reckon(chains, c, i+1, s, r.marked, out)
+			default:
+				share = s
+				settle(r)
+			}
+		}
+	}
+}
+
+// Chains that jump, go to and return at random, with chances and matches,
+// compared with the reference.
+func TestRandomRulesets(t *testing.T) {
+	r := rand.New(rand.NewPCG(3, 4))
+	for round := range 400 {
+		long := round%4 == 0 // long enough for an index of rules
+		chains := make([][]wildRule, 3+r.IntN(3))
+		for c := range chains {
+			n := r.IntN(6)
+			if long && c < 2 {
+				n = 26 + r.IntN(10)
+			}
+			for range n {
+				chains[c] = append(chains[c], wild(r, c, len(chains), long))
+			}
+		}
+		var b strings.Builder
+		b.WriteString("*nat\n")
+		for c, rules := range chains {
+			name := "KUBE-SERVICES"
+			if c > 0 {
+				name = fmt.Sprintf("C%d", c)
+				fmt.Fprintf(&b, ":%s\n", name)
+			}
+			for _, rule := range rules {
+				fmt.Fprintf(&b, "-A %s %s\n", name, rule.text)
+			}
+		}
+		wants := map[rest]*big.Rat{}
+		reckon(chains, 0, 0, big.NewRat(1, 1), false, wants)
+		// What reaches no endpoint: KUBE-FORWARD accepts it where it is marked.
+		merged := map[string]*big.Rat{}
+		for k, s := range wants {
+			text := "none"
+			switch {
+			case k.act == "dnat":
+				text = fmt.Sprintf("dnat %v %v", k.to, k.marked)
+			case k.act == "accept" || k.marked:
+				text = "accept"
+			}
+			if merged[text] == nil {
+				merged[text] = new(big.Rat)
+			}
+			merged[text].Add(merged[text], s)
+		}
+
+		tr := traceFrom(t, viewOf(t, theNode(), b.String()), "203.0.113.200", "10.96.0.10:80")
+		sum, told := new(big.Rat), true
+		for _, o := range tr.Outcomes {
+			text := string(o.Verdict)
+			if o.Verdict == chain.DNAT {
+				text = fmt.Sprintf("dnat %v %v", o.To, o.Masquerade)
+			}
+			want := merged[text]
+			if want == nil {
+				t.Errorf("%s gets %v, want nothing", text, o.Share.Float64())
+				continue
+			}
+			f, _ := want.Float64()
+			if d := o.Share.Float64() - f; d > 1e-15 || d < -1e-15 || o.Share.Cmp(o.Max) != 0 {
+				t.Errorf("%s: %v to %v, want %v", text, o.Share.Float64(), o.Max.Float64(), f)
+			}
+			// Of very many factors, only the number is told.
+			if got, ok := new(big.Rat).SetString(o.Share.Exact()); ok {
+				sum.Add(sum, got)
+				if want.Cmp(got) != 0 {
+					t.Errorf("%s: exactly %v, want %v", text, got, want)
+				}
+			} else {
+				told = false
+			}
+			delete(merged, text)
+		}
+		for text, want := range merged {
+			if !tiny(want) {
+				t.Errorf("%s is missing, want %v", text, want)
+			}
+		}
+		if len(tr.Unknown)+len(tr.Broken) > 0 {
+			t.Errorf("unknown %v, broken %v", tr.Unknown, tr.Broken)
+		}
+		if told && sum.Cmp(big.NewRat(1, 1)) != 0 {
+			t.Errorf("the shares add up to %v", sum)
+		}
+		if t.Failed() {
+			t.Fatalf("round %d:\n%s", round, b.String())
+		}
+	}
+}
+
+// wild makes a rule of chain c of n. In a long chain most rules do not match
+// the packet from 203.0.113.200 to 10.96.0.10:80.
+func wild(r *rand.Rand, c, n int, long bool) wildRule {
+	w := wildRule{holds: true}
+	var words []string
+	match := func(text string, holds bool) {
+		words = append(words, text)
+		w.holds = w.holds && holds
+	}
+	if long && r.IntN(6) > 0 || r.IntN(5) == 0 {
+		switch r.IntN(8) {
+		case 0:
+			match("-d 10.96.0.10/32 -p tcp -m tcp --dport 80", true)
+		case 1:
+			match("-d 10.96.0.11/32 -p tcp -m tcp --dport 80", false)
+		case 2:
+			match("! -d 10.96.0.11/32 -p tcp -m tcp --dport 80", true)
+		case 3:
+			match("-p tcp -m tcp --dport 80", true)
+		case 4:
+			match("-p udp -m udp --dport 80", false)
+		case 5:
+			match("-d 10.96.0.0/16 -p tcp -m tcp --dport 79:81", true)
+		case 6:
+			match("-p tcp -m tcp ! --dport 80", false)
+		case 7:
+			match("! -s 203.0.113.0/24 -d 10.96.0.10/32 -p tcp -m tcp --dport 80", false)
+		}
+	}
+	if r.IntN(2) == 0 {
+		stored := r.Uint32N(1<<31 + 1)
+		if r.IntN(10) == 0 {
+			stored = []uint32{0, 1, 1 << 31}[r.IntN(3)]
+		}
+		not := ""
+		w.chance = big.NewRat(int64(stored), 1<<31)
+		if r.IntN(4) == 0 {
+			not = "! "
+			w.chance.Sub(big.NewRat(1, 1), w.chance)
+		}
+		words = append(words, fmt.Sprintf("-m statistic --mode random %s--probability %.11f", not, float64(stored)/(1<<31)))
+	}
+	act := r.IntN(12)
+	if c == n-1 && act < 4 {
+		act = 4
+	}
+	switch act {
+	case 0, 1, 2, 3:
+		w.target = c + 1 + r.IntN(n-c-1)
+		w.act = "jump"
+		letter := "j"
+		if act == 3 {
+			w.act, letter = "goto", "g"
+		}
+		words = append(words, fmt.Sprintf("-%s C%d", letter, w.target))
+	case 4, 5, 6:
+		w.act = "dnat"
+		w.to = podPort(fmt.Sprint(1 + r.IntN(4)))
+		// DNAT is for a protocol only, and so are all of kube-proxy's.
+		words = append(words, fmt.Sprintf("-j DNAT --to-destination %v", w.to))
+	case 7:
+		w.act = "return"
+		words = append(words, "-j RETURN")
+	case 8:
+		w.act = "accept"
+		words = append(words, "-j ACCEPT")
+	case 9, 10:
+		w.act = "mark"
+		words = append(words, "-j KUBE-MARK-MASQ")
+	default:
+		w.act = "note"
+		words = append(words, `-m comment --comment "only a note"`)
+	}
+	w.text = strings.Join(words, " ")
+	return w
+}

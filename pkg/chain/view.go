@@ -33,6 +33,9 @@ type familyView struct {
 func NewView(rs *netfilter.Ruleset, node Node) *View {
 	v := &View{rules: rs, node: node}
 	v.node.Local = slices.Clone(node.Local)
+	if len(node.Local) == 0 {
+		v.node.Local = detectLocal(rs)
+	}
 	if len(node.PodCIDRs) == 0 && len(node.PodInterfaces) == 0 {
 		v.node.PodCIDRs, v.node.PodInterfaces = detectPods(rs)
 	}
@@ -172,6 +175,25 @@ func detectPods(rs *netfilter.Ruleset) (cidrs []netip.Prefix, interfaces []strin
 		}
 	}
 	return cidrs, interfaces
+}
+
+// detectLocal returns the addresses that kube-proxy takes NodePorts on, where
+// its rules name them one by one (--nodeport-addresses): they are the node's.
+func detectLocal(rs *netfilter.Ruleset) []netip.Addr {
+	var out []netip.Addr
+	for _, t := range rs.Tables {
+		c := t.Lookup("KUBE-SERVICES")
+		if t.Name != "nat" || c == nil {
+			continue
+		}
+		for i := range c.Len() {
+			a := ask(RuleRef{t, c, i})
+			if a.port == 0 && a.addr.IsValid() && a.target.Kind == netfilter.Jump && t.ChainName(netfilter.ChainID(a.target.A)) == "KUBE-NODEPORTS" {
+				out = append(out, a.addr)
+			}
+		}
+	}
+	return out
 }
 
 // choosePackets picks a source address for each class that no rule names, so

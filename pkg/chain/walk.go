@@ -41,6 +41,7 @@ const (
 	rewritten                     // its destination has been decided by nat
 	masqueraded                   // its source has been rewritten
 	explicit                      // a nat or filter rule accepted it
+	shadowed                      // a nat rule let it leave before any could rewrite it
 	viaDispatch                   // it entered the chain that run.watch names
 	unresolvedTo                  // the target is a range of addresses
 )
@@ -215,13 +216,14 @@ func (r *run) natAsks(h netfilter.Hook, live []state) (asked, skipped []state) {
 	if h == netfilter.Postrouting || h == netfilter.Input {
 		done = masqueraded
 	}
-	if len(live) == 1 && !live[0].has(done|notTracked) && !(h == netfilter.Prerouting && r.packet.FromHost) {
+	// A connection of the node to itself was decided on in OUTPUT and POSTROUTING.
+	decided := r.packet.FromHost && (h == netfilter.Prerouting || h == netfilter.Input)
+	if len(live) == 1 && !live[0].has(done|notTracked) && !decided {
 		return live, nil
 	}
 	asked, skipped = live[:0], r.take()
 	for _, s := range live {
-		// A connection of the node itself was decided on in OUTPUT.
-		if s.has(done|notTracked) || h == netfilter.Prerouting && r.packet.FromHost {
+		if s.has(done|notTracked) || decided {
 			skipped = append(skipped, s)
 		} else {
 			asked = append(asked, s)
@@ -272,8 +274,7 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 			}
 			taken := s
 			if p != always {
-				taken.share, s.share = s.share.split(p.num, p.den)
-				if !s.share.IsZero() {
+				if taken, s = r.split(rule, s); !s.share.IsZero() {
 					kept = append(kept, s)
 				}
 				if taken.share.IsZero() {
@@ -292,6 +293,20 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 	return live
 }
 
+// split parts a state at the chances of a rule, of which there mostly is one.
+func (r *run) split(rule []netfilter.Expr, s state) (taken, rest state) {
+	taken, rest = s, s
+	rest.share = Share{}
+	for _, e := range rule {
+		if e.Kind == netfilter.Random || e.Kind == netfilter.Nth {
+			p := chanceOf(e)
+			hit, missed := taken.share.split(p.num, p.den)
+			taken.share, rest.share = hit, rest.share.plus(missed)
+		}
+	}
+	return taken, rest
+}
+
 // join puts states together that have the same future.
 func join(a, b []state) []state {
 	for _, s := range b {
@@ -304,8 +319,8 @@ func join(a, b []state) []state {
 	return a
 }
 
-// matches tells which part of the packets in a state a rule matches; ok is
-// false for none.
+// matches tells whether a rule matches the packets in a state, and with which
+// chance: the product of its chances, rounded, if there are several.
 func (r *run) matches(ref RuleRef, rule []netfilter.Expr, s *state) (p chance, ok bool) {
 	p = always
 	open := false // an undecidable match
@@ -315,7 +330,7 @@ func (r *run) matches(ref RuleRef, rule []netfilter.Expr, s *state) (p chance, o
 			break
 		}
 		if e.Kind == netfilter.Random || e.Kind == netfilter.Nth {
-			p = chanceOf(e)
+			p = p.times(chanceOf(e))
 			continue
 		}
 		switch r.decide(ref.Chain, e, s) {
@@ -412,8 +427,12 @@ func (r *run) act(ref RuleRef, e netfilter.Expr, p chance, s state, next, back, 
 	case netfilter.Jump, netfilter.Goto:
 		r.enter(ref, e, s, next, back, passed)
 	case netfilter.Return:
+		if len(r.stack) == 1 {
+			r.shadow(ref, &s)
+		}
 		*back = append(*back, s)
 	case netfilter.Accept:
+		r.shadow(ref, &s)
 		if b := r.stack[0].Base; b != nil && b.Hook != netfilter.Postrouting && b.Priority > afterMangle {
 			s.flags |= explicit
 		}
@@ -434,6 +453,15 @@ func (r *run) act(ref RuleRef, e netfilter.Expr, p chance, s state, next, back, 
 	default:
 		r.mark(ref, e, &s)
 		*next = append(*next, s)
+	}
+}
+
+// shadow notes that a rule ends the walk of nat for a packet whose destination
+// nobody has decided on.
+func (r *run) shadow(ref RuleRef, s *state) {
+	if b := r.stack[0].Base; b != nil && b.Type == netfilter.TypeNAT && b.Hook != netfilter.Postrouting && !s.has(viaDispatch) {
+		s.flags |= shadowed
+		s.by = ref
 	}
 }
 

@@ -116,6 +116,7 @@ func (p *parser) oneLine(line []byte) error {
 		if p.table == nil {
 			return p.errorf("COMMIT outside a table")
 		}
+		p.table.Compact()
 		p.table, p.chain = nil, nil
 		return nil
 	}

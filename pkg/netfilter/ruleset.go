@@ -162,6 +162,40 @@ func (t *Table) RuleCount() int {
 	return n
 }
 
+// Compact moves the rules of all chains into a few blocks without spare room.
+// Readers call it once, when the table is complete: a hundred thousand small
+// chains otherwise hold twice the memory, in pieces that the garbage collector
+// has to visit one by one.
+func (t *Table) Compact() {
+	var rules, exprs, text, wide, counts int
+	for _, id := range t.order {
+		c := t.chains[id]
+		rules, exprs, text = rules+len(c.starts), exprs+len(c.exprs), text+len(c.text)
+		wide, counts = wide+len(c.wide), counts+len(c.counts)
+	}
+	starts, allExprs, allText := make([]uint32, 0, rules), make([]Expr, 0, exprs), make([]byte, 0, text)
+	allWide, allCounts := make([]address, 0, wide), make([]Counter, 0, counts)
+	for _, id := range t.order {
+		c := t.chains[id]
+		c.starts, starts = move(starts, c.starts)
+		c.exprs, allExprs = move(allExprs, c.exprs)
+		c.text, allText = move(allText, c.text)
+		c.wide, allWide = move(allWide, c.wide)
+		c.counts, allCounts = move(allCounts, c.counts)
+	}
+}
+
+// move appends list to block, and returns the copy and the longer block. An
+// empty list stays what it was: nil counters mean that there are none.
+func move[T any](block, list []T) (moved, longer []T) {
+	if len(list) == 0 {
+		return list, block
+	}
+	at := len(block)
+	block = append(block, list...)
+	return block[at:len(block):len(block)], block
+}
+
 // ChainType is what a base chain may do (struct nft_chain_type).
 type ChainType uint8
 
