@@ -162,15 +162,9 @@ type finder struct {
 	out          *[]Finding
 	service      *ServicePort
 	missingHooks map[Class]bool // classes whose packets never enter KUBE-SERVICES
-	owners       *owners        // finds the Service of a chain, where service is not set yet
 }
 
 func (f *finder) add(code Code, s Severity, rules []RuleRef, format string, args ...any) {
-	if f.owners != nil && len(rules) > 0 {
-		if owner := f.owners.endpoint(rules[0].Chain.Name); owner != nil {
-			f = &finder{view: f.view, out: &owner.Findings, service: &owner.ServicePort}
-		}
-	}
 	one := Finding{Code: code, Severity: s, Service: f.service, Message: fmt.Sprintf(format, args...), Rules: rules}
 	for _, other := range *f.out {
 		if other.Code == one.Code && other.Message == one.Message {

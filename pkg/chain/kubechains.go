@@ -49,22 +49,25 @@ func kind(table, chain string) (own, bool) {
 // owners tells which Service a chain belongs to.
 type owners struct {
 	node       *finder // for chains of no Service
-	byHash     map[string]*Service
-	endpoints  map[string]*Service // by the name of a KUBE-SEP chain; made when needed
 	programmed *Programmed
+	byHash     map[string]*Service
+	endpoints  map[string]*Service // by the name of a KUBE-SEP chain; made when first needed
 }
 
-// finder returns what collects findings about a chain, with the Service that
-// owns it as their subject. That of an endpoint's chain is looked up later.
+// finder returns what collects findings about a chain.
 func (o *owners) finder(c *netfilter.Chain) *finder {
-	if s := o.byHash[chainHash(c.Name)]; s != nil {
-		return &finder{view: o.node.view, out: &s.Findings, service: &s.ServicePort}
+	s := o.byHash[chainHash(c.Name)]
+	if s == nil {
+		s = o.sender(c.Name)
 	}
-	return &finder{view: o.node.view, out: o.node.out, owners: o}
+	if s == nil {
+		return o.node
+	}
+	return &finder{view: o.node.view, out: &s.Findings, service: &s.ServicePort}
 }
 
-// endpoint returns the Service that sends to an endpoint's chain, or nil.
-func (o *owners) endpoint(chain string) *Service {
+// sender returns the Service that sends to an endpoint's chain, or nil.
+func (o *owners) sender(chain string) *Service {
 	if o.endpoints == nil {
 		o.endpoints = map[string]*Service{}
 		for i := range o.programmed.Services {
@@ -93,18 +96,22 @@ func (v *View) scanChains(owners *owners) {
 			if !ok {
 				continue
 			}
-			f := owners.finder(c)
-			for i := range c.Len() {
-				if !o.writes(t, c.Rule(i)) {
-					f.add(ForeignRule, Warning, []RuleRef{{t, c, i}}, "rule %d of %s is none that kube-proxy writes; it stays until kube-proxy rewrites the chain, which may be never", i+1, c.Name)
-				}
-			}
+			o.foreign(owners, t, c)
 			if o.balance {
-				f.unreachable(t, c)
+				unreachable(owners, t, c)
 			}
 			if strings.HasPrefix(c.Name, "KUBE-SEP-") {
-				f.hairpin(t, c)
+				hairpin(owners, t, c)
 			}
+		}
+	}
+}
+
+// foreign reports rules that the owner of a chain does not write.
+func (o own) foreign(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
+	for i := range c.Len() {
+		if !o.writes(t, c.Rule(i)) {
+			owners.finder(c).add(ForeignRule, Warning, []RuleRef{{t, c, i}}, "rule %d of %s is none that kube-proxy writes; it stays until kube-proxy rewrites the chain, which may be never", i+1, c.Name)
 		}
 	}
 }
@@ -152,7 +159,7 @@ func onlyBalances(rule []netfilter.Expr) bool {
 }
 
 // unreachable reports endpoint rules behind one that takes every packet.
-func (f *finder) unreachable(t *netfilter.Table, c *netfilter.Chain) {
+func unreachable(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 	taken := -1
 	for i := range c.Len() {
 		rule := c.Rule(i)
@@ -164,7 +171,7 @@ func (f *finder) unreachable(t *netfilter.Table, c *netfilter.Chain) {
 			continue
 		}
 		if taken >= 0 {
-			f.add(RuleUnreachable, Warning, []RuleRef{{t, c, taken}, {t, c, i}}, "rule %d of %s is never reached: rule %d takes every packet", i+1, c.Name, taken+1)
+			owners.finder(c).add(RuleUnreachable, Warning, []RuleRef{{t, c, taken}, {t, c, i}}, "rule %d of %s is never reached: rule %d takes every packet", i+1, c.Name, taken+1)
 			continue
 		}
 		if unconditional(rule) && deliversAll(target) {
@@ -195,7 +202,7 @@ func deliversAll(c *netfilter.Chain) bool {
 }
 
 // hairpin reports an endpoint that could not reach itself through its Service.
-func (f *finder) hairpin(t *netfilter.Table, c *netfilter.Chain) {
+func hairpin(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 	masquerades := false
 	for i := range c.Len() {
 		rule := c.Rule(i)
@@ -207,7 +214,7 @@ func (f *finder) hairpin(t *netfilter.Table, c *netfilter.Chain) {
 			masquerades = masquerades || t.ChainName(netfilter.ChainID(e.A)) == "KUBE-MARK-MASQ"
 		case netfilter.DNAT:
 			if !masquerades {
-				f.add(MasqueradeMissing, Warning, []RuleRef{{t, c, i}}, "%s does not masquerade %s when it connects to itself through the Service: such connections hang", c.Name, c.Target(e))
+				owners.finder(c).add(MasqueradeMissing, Warning, []RuleRef{{t, c, i}}, "%s does not masquerade %s when it connects to itself through the Service: such connections hang", c.Name, c.Target(e))
 			}
 			return
 		}
