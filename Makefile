@@ -47,7 +47,7 @@ bench: ## Run the benchmarks (BENCH=regexp picks some)
 
 .PHONY: fuzz
 fuzz: ## Fuzz the iptables-save parser (FUZZTIME=60s)
-	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) ./pkg/iptables
+	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) -fuzzminimizetime 50x ./pkg/iptables
 
 .PHONY: clean
 clean: ## Remove bin/

@@ -119,7 +119,7 @@ func waitConnected(ctx context.Context, file *os.File) error {
 		return err
 	}
 	stop := context.AfterFunc(ctx, func() {
-		file.SetWriteDeadline(time.Unix(1, 0)) // in the past: wakes the Write below
+		_ = file.SetWriteDeadline(time.Unix(1, 0)) // in the past: wakes the Write below
 	})
 	defer stop()
 	var answer error

@@ -10,7 +10,8 @@ import (
 //
 // It is kept twice. As an integer number of 2^-126 it is cheap to split, add
 // and compare, and the parts of a split always add up to the whole. As the
-// product of the rules' own fractions it can be told without any rounding.
+// product of the rules' own fractions it can be told without any rounding. A
+// share below 2^-126 counts as none.
 type Share struct {
 	parts uint128
 	how   *factor // nil stands for exactly 1

@@ -1,6 +1,8 @@
 package chain
 
 import (
+	"bytes"
+	"cmp"
 	"net/netip"
 	"slices"
 
@@ -491,6 +493,10 @@ func (r *run) rewrite(ref RuleRef, e netfilter.Expr, s *state) {
 	addr, port := s.to.Addr(), s.to.Port()
 	switch e.Kind {
 	case netfilter.DNATRange:
+		if to, ok := singleTarget(ref.Chain.Text(e)); ok {
+			addr, port = to.Addr(), cmp.Or(to.Port(), port)
+			break
+		}
 		s.flags |= unresolvedTo
 		r.ignore(ref)
 	case netfilter.Redirect:
@@ -515,6 +521,21 @@ func (r *run) rewrite(ref RuleRef, e netfilter.Expr, s *state) {
 	}
 	s.to = netip.AddrPortFrom(addr, port)
 	r.forgetHairpin(ref.Chain, addr)
+}
+
+// singleTarget returns the address of DNAT options that name only one, and
+// options that do not matter to a first connection, such as --persistent.
+func singleTarget(options []byte) (netip.AddrPort, bool) {
+	text, ok := bytes.CutPrefix(options, []byte("--to-destination "))
+	if !ok {
+		return netip.AddrPort{}, false
+	}
+	text, _, _ = bytes.Cut(text, []byte(" "))
+	if to, err := netip.ParseAddrPort(string(text)); err == nil {
+		return to, true
+	}
+	a, err := netip.ParseAddr(string(text))
+	return netip.AddrPortFrom(a, 0), err == nil
 }
 
 // forgetHairpin takes back that a chain asked for the very address it sends

@@ -151,6 +151,9 @@ func (x *Exec) readProgram(ctx context.Context, p Program) (*netfilter.Ruleset, 
 		for _, t := range rs.Tables {
 			t.Backend = p.Backend
 		}
+		for i := range rs.Unreadable {
+			rs.Unreadable[i].Family = p.Family
+		}
 		return rs, nil
 	}
 }

@@ -28,6 +28,16 @@ func FuzzParse(f *testing.F) {
 		"*nat\r\n:F - [0:0]\r\n[1:2] -A F -j RETURN\r\nCOMMIT\r\n",
 		"*filter\n:F - [0:0]\n-A F -m comment --comment \"a \\\"b\\\" c\\\\\" -g F\nCOMMIT",
 		within("-A F ! -j ACCEPT", `-A F -m string --string "-j" -j U`),
+		// What this fuzzer found.
+		within("-A F -m  --comment ! -j ACCEPT"),
+		within("-A F -p tcp -m -j ACCEPT"),
+		within("-A F -p 000 -j ACCEPT"),
+		within(`-A F -i "a b" -j ACCEPT`),
+		within(`-A F -j "U V"`),
+		within("-A F -j \"-j\""),
+		within("-A F -o eth0\u0085"),
+		"*nat\n:F\u0085 - [0:0]\n-A F\u0085 -j ACCEPT\nCOMMIT\n",
+		"-A F -m comment --comment \"x\" -j U\u2003\n",
 	} {
 		f.Add([]byte(text))
 	}

@@ -188,6 +188,9 @@ func (p *ruleParser) generalOption(kind netfilter.Kind, i int) error {
 		}
 		return p.chain.AddPrefix(kind, flags, addr, mask)
 	case netfilter.InInterface, netfilter.OutInterface:
+		if !isName(value) {
+			return fmt.Errorf("%q is not a name for an interface", value)
+		}
 		p.chain.AddText(kind, flags, 0, value)
 	case netfilter.ProtocolIs:
 		if string(value) == "all" || string(value) == "0" {
@@ -202,7 +205,9 @@ func (p *ruleParser) generalOption(kind netfilter.Kind, i int) error {
 			if !isNumber || v > 255 {
 				return fmt.Errorf("unknown protocol %q", value)
 			}
-			n = uint8(v)
+			if n = uint8(v); n == 0 {
+				return nil
+			}
 		}
 		p.protocol = protocolNames[uint32(n)]
 		p.chain.Add(netfilter.Expr{Kind: kind, Flags: flags, A: uint32(n)})
@@ -248,6 +253,9 @@ func (p *ruleParser) modules() error {
 		case optMatch:
 			if i+1 >= len(p.tokens) {
 				return errors.New("-m needs a name")
+			}
+			if name := p.tokens[i+1].text; !isName(name) {
+				return fmt.Errorf("%q is not a name for a match", name)
 			}
 			end := p.extent(i + 2)
 			p.module(string(p.tokens[i+1].text), i, end)
@@ -744,6 +752,9 @@ func (p *ruleParser) verdict() error {
 		return errors.New("-j needs a target")
 	}
 	name := string(p.tokens[p.target+1].text)
+	if !isName(p.tokens[p.target+1].text) {
+		return fmt.Errorf("%q is not a name for a target", name)
+	}
 	end := p.extent(p.target + 2)
 	words := p.tokens[p.target+2 : end]
 	if w := string(p.tokens[p.target].text); w == "-g" || w == "--goto" {

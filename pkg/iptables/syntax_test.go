@@ -716,3 +716,31 @@ func ruleLines(text string) []string {
 	}
 	return out
 }
+
+// A rule of another program for an uncommon protocol must not make a whole dump
+// unreadable: iptables-save prints any name of /etc/protocols. These are
+// Debian's.
+func TestProtocolNames(t *testing.T) {
+	for name, number := range map[string]uint32{
+		"icmp": 1, "igmp": 2, "ggp": 3, "ipencap": 4, "st": 5, "tcp": 6, "egp": 8, "igp": 9, "pup": 12, "udp": 17, "hmp": 20,
+		"xns-idp": 22, "rdp": 27, "iso-tp4": 29, "dccp": 33, "xtp": 36, "ddp": 37, "idpr-cmtp": 38, "ipv6": 41, "ipv6-route": 43,
+		"ipv6-frag": 44, "idrp": 45, "rsvp": 46, "gre": 47, "esp": 50, "ah": 51, "skip": 57, "ipv6-icmp": 58, "ipv6-nonxt": 59,
+		"ipv6-opts": 60, "rspf": 73, "vmtp": 81, "eigrp": 88, "ospf": 89, "ax.25": 93, "ipip": 94, "etherip": 97, "encap": 98,
+		"pim": 103, "ipcomp": 108, "vrrp": 112, "l2tp": 115, "isis": 124, "sctp": 132, "fc": 133, "mobility-header": 135,
+		"udplite": 136, "mpls-in-ip": 137, "manet": 138, "hip": 139, "shim6": 140, "wesp": 141, "rohc": 142, "ethernet": 143,
+	} {
+		text := form{table: "filter", in: "-p " + name + " -j ACCEPT"}.dump("iptables-save")
+		rs, err := Parse(strings.NewReader(text), "test")
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		c := rs.Tables[0].Lookup("F")
+		if e := c.Rule(0)[0]; e.Kind != netfilter.ProtocolIs || e.A != number {
+			t.Errorf("%s is protocol %d, want %d", name, e.A, number)
+		}
+		if got := RuleText(rs.Tables[0], c, 0); got != rule("-p "+name+" -j ACCEPT") {
+			t.Errorf("%s is printed as %s", name, got)
+		}
+	}
+}
