@@ -79,10 +79,36 @@ tells where connections to each Service really go, and in which shares.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		if args := cmd.Flags().Args(); cmd == root && len(args) > 0 {
+			// In "agent servics -f dump", -f is not what is wrong.
+			return root.Args(root, args)
+		}
 		return usageError{fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())}
 	})
 	root.AddCommand(newServe(), newServices(), newTrace(), newDemo(), newVersion())
+	strictExtras(root)
 	return root
+}
+
+// strictExtras makes a wrong argument of the commands that cobra adds a usage
+// error; on its own it prints help and exits 0.
+func strictExtras(root *cobra.Command) {
+	root.SetHelpCommand(&cobra.Command{
+		Use: "help [COMMAND]", Short: "Help about a command",
+		RunE: func(_ *cobra.Command, args []string) error {
+			cmd, rest, err := root.Find(args)
+			if err != nil || len(rest) > 0 {
+				return usageError{fmt.Errorf("no help about %q: see agent --help", strings.Join(args, " "))}
+			}
+			cmd.InitDefaultHelpFlag()
+			return cmd.Help()
+		},
+	})
+	root.InitDefaultCompletionCmd()
+	if cmd, _, err := root.Find([]string{"completion"}); err == nil && cmd != root {
+		cmd.Args = exactly(0, 0, "bash, zsh, fish or powershell")
+		cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+	}
 }
 
 // exactly makes a wrong number of arguments a usage error that says what is

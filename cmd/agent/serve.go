@@ -49,6 +49,9 @@ listens on loopback unless told otherwise: the rules map the whole cluster.`,
 			if opts.interval < time.Second {
 				return usageError{fmt.Errorf("--interval %v: at least 1s", opts.interval)}
 			}
+			if err := checkListen(opts.listen); err != nil {
+				return err
+			}
 			for _, f := range src.files {
 				if f == "-" {
 					return usageError{errors.New("serve reads its files again and again, which stdin does not allow")}
@@ -66,6 +69,18 @@ listens on loopback unless told otherwise: the rules map the whole cluster.`,
 	return cmd
 }
 
+// checkListen tells a wrong address from one that is only taken.
+func checkListen(address string) error {
+	_, port, err := net.SplitHostPort(address)
+	if err == nil {
+		_, err = net.LookupPort("tcp", port)
+	}
+	if err != nil {
+		return usageError{fmt.Errorf("--listen %q: want ADDRESS:PORT", address)}
+	}
+	return nil
+}
+
 func newLog(w io.Writer, format string) (*slog.Logger, error) {
 	switch format {
 	case "text":
@@ -80,6 +95,14 @@ func serve(ctx context.Context, src source, opts serveOptions, log *slog.Logger)
 	reader, backend, about, err := src.open()
 	if err != nil {
 		return err
+	}
+	if len(src.files) > 0 {
+		// A dump that cannot be read now is a slip on the command line, so say
+		// it at once. The kernel may be readable in a moment: there, readiness
+		// and the log tell, and the agent keeps trying.
+		if _, err := reader.Read(ctx); err != nil {
+			return err
+		}
 	}
 	keeper := &snapshot.Keeper{Reader: reader, Node: about, Name: src.name, Backend: backend, Interval: opts.interval, Log: log}
 	ln, err := net.Listen("tcp", opts.listen)

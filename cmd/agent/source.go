@@ -1,8 +1,11 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -61,6 +64,9 @@ func (s *source) check(cmd *cobra.Command) error {
 			return usageError{fmt.Errorf("--pod-cidr %q is not a CIDR", text)}
 		}
 		s.node.PodCIDRs = append(s.node.PodCIDRs, p.Masked())
+	}
+	if i := slices.Index(s.files, "-"); i >= 0 && slices.Contains(s.files[i+1:], "-") {
+		return usageError{errors.New("-f -: stdin can be read only once")}
 	}
 	if s.name == "" && len(s.files) == 0 {
 		s.name, _ = os.Hostname()
@@ -131,14 +137,35 @@ func (r fileReader) Read(context.Context) (*netfilter.Ruleset, error) {
 
 func (r fileReader) one(name string) (*netfilter.Ruleset, error) {
 	if name == "-" {
-		return iptables.Parse(r.stdin, "stdin")
+		return parse(r.stdin, "stdin")
 	}
 	f, err := os.Open(name)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	return iptables.Parse(f, name)
+	if info, err := f.Stat(); err == nil && info.IsDir() {
+		return nil, fmt.Errorf("%s: is a directory", name)
+	}
+	return parse(f, name)
+}
+
+// parse recognises what is easily taken for a dump of iptables-save, and says
+// so: the parser would speak of some detail in its first line.
+func parse(r io.Reader, name string) (*netfilter.Ruleset, error) {
+	const enough = 512
+	b := bufio.NewReaderSize(r, enough)
+	start, err := b.Peek(enough)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("reading %s: %w", name, err)
+	}
+	switch start = bytes.TrimSpace(start); {
+	case bytes.HasPrefix(start, []byte("{")), bytes.HasPrefix(start, []byte("[{")):
+		return nil, fmt.Errorf("%s: is JSON, such as nft -j prints: expected the text that iptables-save prints", name)
+	case bytes.HasPrefix(start, []byte("table ")):
+		return nil, fmt.Errorf("%s: is the text that nft prints: expected the text that iptables-save prints", name)
+	}
+	return iptables.Parse(b, name)
 }
 
 // output is the -o flag.

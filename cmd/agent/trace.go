@@ -2,11 +2,16 @@ package main
 
 import (
 	"errors"
+	"fmt"
+	"io"
 
 	"github.com/spf13/cobra"
 
 	"github.com/natlens/natlens/internal/api"
 	"github.com/natlens/natlens/internal/render"
+	"github.com/natlens/natlens/internal/snapshot"
+	"github.com/natlens/natlens/pkg/chain"
+	"github.com/natlens/natlens/pkg/netfilter"
 )
 
 func newTrace() *cobra.Command {
@@ -43,6 +48,9 @@ every rule that it matches, up to each end that it can come to.`,
 			} else if err != nil {
 				return usageError{err}
 			}
+			if len(src.files) > 0 && len(src.local) == 0 {
+				noteNodePort(cmd.ErrOrStderr(), snap, query, doc)
+			}
 			w := cmd.OutOrStdout()
 			return out.print(w, doc, func() error { return render.Trace(w, doc) })
 		},
@@ -51,4 +59,23 @@ every rule that it matches, up to each end that it can come to.`,
 	src.addFlags(cmd.Flags())
 	out.addFlags(cmd.Flags())
 	return cmd
+}
+
+// noteNodePort says what a dump leaves open: NodePorts answer on the node's own
+// addresses, which only --local tells. Without it, a question about one of them
+// gets the answer "no rule applies", which is right and misleading.
+func noteNodePort(w io.Writer, snap *snapshot.Snapshot, q api.Query, doc api.Trace) {
+	for _, o := range doc.Outcomes {
+		if o.Verdict != chain.None {
+			return
+		}
+	}
+	for _, s := range snap.Programmed.Services {
+		for _, f := range s.Frontends {
+			if f.Type == chain.NodePort && f.Port == q.To.Port() && s.Protocol == q.Protocol && f.Family == netfilter.FamilyOf(q.To.Addr()) {
+				fmt.Fprintf(w, "agent: note: %v has NodePort %d: if %v is this node's, say so with --local %[3]v\n", s.ServicePort, f.Port, q.To.Addr())
+				return
+			}
+		}
+	}
 }

@@ -5,6 +5,8 @@ package metrics
 import (
 	"math"
 	"runtime"
+	"strconv"
+	"unicode/utf8"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -64,6 +66,9 @@ func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 // Collect implements prometheus.Collector.
 func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		for i := range labels {
+			labels[i] = labelText(labels[i])
+		}
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
 	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
@@ -116,7 +121,11 @@ func (c *Collector) service(gauge func(*prometheus.Desc, float64, ...string), sv
 		share := e.Share.Float64()
 		low, high = min(low, share), max(high, share)
 		if c.endpoints {
-			gauge(epShare, share, append(labels[:4:4], e.Address.String())...)
+			address := "?" // one of a range, as in the JSON
+			if e.Address.IsValid() {
+				address = e.Address.String()
+			}
+			gauge(epShare, share, append(labels[:4:4], address)...)
 		}
 	}
 	gauge(shareMin, low, labels...)
@@ -130,4 +139,14 @@ func mainRoute(sv *chain.Service) *chain.Route {
 		return nil
 	}
 	return &sv.Frontends[0].Routes[0]
+}
+
+// labelText makes any text fit for a label. A Service's name comes from a
+// comment, which may hold any bytes, and one label that is not UTF-8 would cost
+// the whole scrape.
+func labelText(s string) string {
+	if utf8.ValidString(s) {
+		return s
+	}
+	return strconv.Quote(s)
 }

@@ -9,8 +9,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 
 	"github.com/natlens/natlens/internal/api"
 	"github.com/natlens/natlens/pkg/chain"
@@ -24,10 +24,14 @@ func Percent(share float64) string {
 	switch p := 100 * share; {
 	case p == 0:
 		return "0%"
+	case p < 0.0001:
+		return "<0.0001%"
 	case p < 0.01:
 		return fmt.Sprintf("%.2g%%", p)
 	case p < 1:
 		return fmt.Sprintf("%.2f%%", p)
+	case p > 99.9999 && share < 1-tolerance:
+		return ">99.9999%" // "100%" would hide that something is lost
 	case p > 99.9 && share < 1-tolerance:
 		return fmt.Sprintf("%.4f%%", p)
 	default:
@@ -48,6 +52,27 @@ func (e *errWriter) Write(p []byte) (int, error) {
 	n, err := e.w.Write(p)
 	e.err = err
 	return n, err
+}
+
+// table prints rows in columns, without blanks at the ends of lines.
+func table(w io.Writer, indent string, rows [][]string) {
+	var widths []int
+	for _, row := range rows {
+		for i, cell := range row {
+			if i == len(widths) {
+				widths = append(widths, 0)
+			}
+			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
+		}
+	}
+	for _, row := range rows {
+		var b strings.Builder
+		for i, cell := range row {
+			b.WriteString(cell)
+			b.WriteString(strings.Repeat(" ", widths[i]-utf8.RuneCountInString(cell)+2))
+		}
+		fmt.Fprintln(w, indent+strings.TrimRight(b.String(), " "))
+	}
 }
 
 // header prints where an answer comes from, if that is worth a line.
@@ -91,42 +116,54 @@ func serviceName(namespace, name, port string) string {
 	return out
 }
 
+// oddFirst sorts the Services with findings to the front.
+func oddFirst(list []api.Service) []api.Service {
+	out := slices.Clone(list)
+	slices.SortStableFunc(out, func(a, b api.Service) int { return cmp.Compare(worst(a), worst(b)) })
+	return out
+}
+
 // Services prints one line per route, the Services with findings first.
 func Services(out io.Writer, doc api.Services) error {
 	w := &errWriter{w: out}
 	header(w, doc.Snapshot)
 	findings(w, doc.Findings, "")
-	services := slices.Clone(doc.Services)
-	slices.SortStableFunc(services, func(a, b api.Service) int { return cmp.Compare(worst(a), worst(b)) })
+	services := oddFirst(doc.Services)
 	var odd []api.Finding
 	for _, s := range services {
 		odd = append(odd, s.Findings...)
 	}
 	findings(w, odd, "")
-	if len(doc.Findings)+len(odd) > 0 && len(services) > 0 {
-		fmt.Fprintln(w)
-	}
 	if len(services) == 0 {
 		return w.err
 	}
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "SERVICE\tFRONTEND\tFROM\tGOES TO")
+	if len(doc.Findings)+len(odd) > 0 {
+		fmt.Fprintln(w)
+	}
+	rows := [][]string{{"SERVICE", "FRONTEND", "FROM", "GOES TO"}}
 	for _, s := range services {
 		name := serviceName(s.Namespace, s.Name, s.Port)
 		if len(s.Findings) > 0 {
 			name = mark(worstOf(s)) + " " + name
 		}
 		for _, f := range s.Frontends {
-			front := frontend(f, s.Protocol)
+			front, last := frontend(f, s.Protocol), ""
 			for _, r := range f.Routes {
-				fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", name, front, from(r), summary(r, s.SessionAffinity))
-				name, front = "", ""
+				goes := shares(r)
+				text := goes
+				if goes == last && len(r.Endpoints) > 1 {
+					text = "the same"
+				}
+				last = goes
+				text += notes(r, s.SessionAffinity)
+				for _, who := range from(r, f.Routes) {
+					rows = append(rows, []string{name, front, who, text})
+					name, front, text = "", "", ""
+				}
 			}
 		}
 	}
-	if err := t.Flush(); err != nil {
-		return err
-	}
+	table(w, "", rows)
 	return w.err
 }
 
@@ -157,72 +194,155 @@ func frontend(f api.Frontend, protocol string) string {
 	if protocol != "TCP" {
 		suffix = "/" + strings.ToLower(protocol)
 	}
-	if f.Address == "" {
-		v6 := ""
-		if f.Family == "ipv6" {
-			v6 = " (IPv6)"
-		}
-		return fmt.Sprintf("%s :%d%s%s", f.Type, f.Port, suffix, v6)
+	address := f.Address
+	if len(f.Accepted) == 1 {
+		address = f.Accepted[0].String()
 	}
-	return f.Type + " " + net.JoinHostPort(f.Address, strconv.Itoa(int(f.Port))) + suffix
+	if address != "" {
+		return string(f.Type) + " " + net.JoinHostPort(address, strconv.Itoa(int(f.Port))) + suffix
+	}
+	switch {
+	case len(f.Accepted) > 0:
+		suffix += fmt.Sprintf(" (%d addresses)", len(f.Accepted))
+	case f.Family == "ipv6":
+		suffix += " (IPv6)"
+	}
+	return fmt.Sprintf("%s :%d%s", f.Type, f.Port, suffix)
 }
 
-func from(r api.Route) string {
-	var classes []string
+// classes says which source classes take a route.
+func classes(r api.Route, all []api.Route) string {
+	var names []string
 	for _, c := range r.From {
-		classes = append(classes, string(c))
+		names = append(names, string(c))
 	}
-	s := strings.Join(classes, ",")
-	if len(classes) == len(chain.Classes) {
+	s := strings.Join(names, ", ")
+	if len(names) == len(chain.Classes) {
 		s = "anywhere"
 	}
-	if len(r.Sources) > 0 {
-		var list []string
-		for _, p := range r.Sources {
-			list = append(list, p.String())
-		}
-		s += " in " + strings.Join(list, ",")
+	if len(r.Sources) == 0 && slices.ContainsFunc(all, func(o api.Route) bool { return len(o.Sources) > 0 && shareClass(o, r) }) {
+		s += " else"
 	}
 	return s
 }
 
-// summary says in one line what becomes of a route's connections.
-func summary(r api.Route, a *api.Affinity) string {
-	var b strings.Builder
-	switch {
-	case len(r.Endpoints) == 0:
-		b.WriteString(map[chain.RouteVerdict]string{
+// from says which sources take a route, with a line for each range: side by
+// side they would widen the column for all Services.
+func from(r api.Route, all []api.Route) []string {
+	if len(r.Sources) == 0 {
+		return []string{classes(r, all)}
+	}
+	who := classes(r, all) + " "
+	if slices.Equal(r.From, []chain.Class{chain.External}) {
+		who = "" // as nearly all ranges are
+	}
+	var out []string
+	for _, p := range r.Sources {
+		out = append(out, who+p.String())
+	}
+	return out
+}
+
+func shareClass(a, b api.Route) bool {
+	return slices.ContainsFunc(a.From, func(c chain.Class) bool { return slices.Contains(b.From, c) })
+}
+
+// shares says in one line where a route's connections go, what is lost first.
+func shares(r api.Route) string {
+	if len(r.Endpoints) == 0 {
+		return map[chain.RouteVerdict]string{
 			chain.RouteReject: "rejected", chain.RouteDrop: "dropped", chain.RouteNone: "nowhere: no rule applies",
 			chain.RouteMixed: "no endpoint: partly refused",
-		}[r.Verdict])
-	case even(r) && len(r.Endpoints) == 1:
-		b.WriteString(r.Endpoints[0].Address)
-	case even(r):
-		fmt.Fprintf(&b, "%s each: %s", Percent(r.Endpoints[0].Share), addresses(r.Endpoints))
-	default:
-		var parts []string
-		for _, e := range r.Endpoints {
-			parts = append(parts, shareText(e.Share, e.MaxShare)+" "+e.Address)
+		}[r.Verdict]
+	}
+	var parts []string
+	if r.Undelivered > 0 {
+		parts = append(parts, undelivered(r)+" NOWHERE")
+	}
+	groups := byShare(r.Endpoints)
+	for _, g := range groups {
+		share := shareText(g[0].Share, g[0].MaxShare)
+		switch {
+		case len(g) > 1:
+			parts = append(parts, share+" each"+addresses(g))
+		case len(groups) == 1 && share == "100%":
+			parts = append(parts, g[0].Address)
+		default:
+			parts = append(parts, share+" "+g[0].Address)
 		}
-		b.WriteString(strings.Join(parts, ", "))
 	}
-	if len(r.Endpoints) > 0 && r.Undelivered > 0 {
-		fmt.Fprintf(&b, ", %s NOWHERE", Percent(r.Undelivered))
+	return strings.Join(parts, ", ")
+}
+
+// undelivered is the share that reaches no endpoint, at most where a rule
+// cannot be decided.
+func undelivered(r api.Route) string {
+	if len(r.Unknown) > 0 {
+		return "up to " + Percent(r.Undelivered)
 	}
-	var notes []string
+	return Percent(r.Undelivered)
+}
+
+// byShare groups endpoints whose shares differ by rounding only, the greatest
+// shares first.
+func byShare(list []api.Endpoint) [][]api.Endpoint {
+	var groups [][]api.Endpoint
+	for _, e := range list {
+		i := slices.IndexFunc(groups, func(g []api.Endpoint) bool {
+			return near(g[0].Share, e.Share) && near(most(g[0]), most(e))
+		})
+		if i < 0 {
+			groups = append(groups, nil)
+			i = len(groups) - 1
+		}
+		groups[i] = append(groups[i], e)
+	}
+	slices.SortStableFunc(groups, func(a, b []api.Endpoint) int {
+		return cmp.Or(cmp.Compare(b[0].Share, a[0].Share), cmp.Compare(most(b[0]), most(a[0])))
+	})
+	return groups
+}
+
+func near(a, b float64) bool { return a-b <= 2*tolerance && b-a <= 2*tolerance }
+
+func most(e api.Endpoint) float64 {
+	if e.MaxShare != nil {
+		return *e.MaxShare
+	}
+	return e.Share
+}
+
+// notes says in brackets what else is to know of a route.
+func notes(r api.Route, a *api.Affinity) string {
+	var list []string
 	if r.Masquerade {
-		notes = append(notes, "masqueraded")
+		list = append(list, "masqueraded")
+		if slices.ContainsFunc(r.Endpoints, func(e api.Endpoint) bool { return e.Masquerade != nil && !*e.Masquerade }) {
+			list[0] = "partly masqueraded"
+		}
 	}
 	if a != nil && len(r.Endpoints) > 0 {
-		notes = append(notes, fmt.Sprintf("sticky %s", (time.Duration(a.TimeoutSeconds)*time.Second).String()))
+		list = append(list, "sticky "+duration(a.TimeoutSeconds))
 	}
 	if len(r.Unknown) > 0 {
-		notes = append(notes, "depends on a rule that cannot be decided")
+		list = append(list, "depends on a rule that cannot be decided")
 	}
-	if len(notes) > 0 {
-		fmt.Fprintf(&b, "  (%s)", strings.Join(notes, ", "))
+	if len(list) == 0 {
+		return ""
 	}
-	return b.String()
+	return "  (" + strings.Join(list, ", ") + ")"
+}
+
+// duration prints seconds without the zeros of time.Duration: 3h, not 3h0m0s.
+func duration(seconds int) string {
+	s := (time.Duration(seconds) * time.Second).String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
 }
 
 func shareText(share float64, most *float64) string {
@@ -232,28 +352,20 @@ func shareText(share float64, most *float64) string {
 	return Percent(share)
 }
 
-// even reports whether the endpoints' shares differ by rounding only.
-func even(r api.Route) bool {
-	for _, e := range r.Endpoints {
-		if d := e.Share - r.Endpoints[0].Share; d > 2*tolerance || d < -2*tolerance || e.MaxShare != nil {
-			return false
-		}
-	}
-	return true
-}
-
-// addresses lists endpoints, but not more than fit on a line.
+// addresses lists endpoints, but not more than fit on a line; then it says how
+// many there are.
 func addresses(list []api.Endpoint) string {
 	const most = 4
+	of, tail := "", ""
+	if len(list) > most+1 {
+		of, tail = fmt.Sprintf(" of %d", len(list)), ", …"
+		list = list[:most]
+	}
 	var out []string
-	for i, e := range list {
-		if i == most && len(list) > most+1 {
-			out = append(out, fmt.Sprintf("… %d more", len(list)-most))
-			break
-		}
+	for _, e := range list {
 		out = append(out, e.Address)
 	}
-	return strings.Join(out, ", ")
+	return of + ": " + strings.Join(out, ", ") + tail
 }
 
 // ServicesWide prints every endpoint on a line of its own, with its exact
@@ -261,50 +373,75 @@ func addresses(list []api.Endpoint) string {
 func ServicesWide(out io.Writer, doc api.Services) error {
 	w := &errWriter{w: out}
 	header(w, doc.Snapshot)
-	findings(w, doc.Findings, "")
-	for i, s := range doc.Services {
+	wideFindings(w, doc.Findings, "")
+	for i, s := range oddFirst(doc.Services) {
 		if i > 0 || len(doc.Findings) > 0 {
 			fmt.Fprintln(w)
 		}
 		fmt.Fprintf(w, "%s %s", serviceName(s.Namespace, s.Name, s.Port), s.Protocol)
 		if s.SessionAffinity != nil {
-			fmt.Fprintf(w, ", session affinity %s for %s (shares are those of a new client)", s.SessionAffinity.Type, time.Duration(s.SessionAffinity.TimeoutSeconds)*time.Second)
+			fmt.Fprintf(w, ", session affinity %s for %s (shares are those of a new client)", s.SessionAffinity.Type, duration(s.SessionAffinity.TimeoutSeconds))
 		}
 		fmt.Fprintln(w)
-		findings(w, s.Findings, "  ")
-		for _, f := range s.Findings {
-			for _, r := range f.Evidence.Rules {
-				fmt.Fprintf(w, "      %s\n", r)
-			}
-		}
+		wideFindings(w, s.Findings, "  ")
 		for _, f := range s.Frontends {
 			fmt.Fprintf(w, "  %s\n", frontend(f, "TCP"))
+			if len(f.Accepted) > 1 {
+				fmt.Fprintf(w, "    on %s\n", list(f.Accepted))
+			}
 			for _, r := range f.Routes {
-				wideRoute(w, r)
+				wideRoute(w, r, f.Routes)
 			}
 		}
 	}
 	return w.err
 }
 
-func wideRoute(w io.Writer, r api.Route) {
+// wideFindings prints findings without the name of their Service, which stands
+// above them, and with the rules that they rest on.
+func wideFindings(w io.Writer, list []api.Finding, indent string) {
+	for _, f := range list {
+		fmt.Fprintf(w, "%s%s %s: %s\n", indent, mark(f.Severity), f.Code, f.Message)
+		for _, r := range f.Evidence.Rules {
+			fmt.Fprintf(w, "%s    %s\n", indent, r)
+		}
+	}
+}
+
+// list prints values with commas between them.
+func list[T fmt.Stringer](values []T) string {
+	var out []string
+	for _, v := range values {
+		out = append(out, v.String())
+	}
+	return strings.Join(out, ", ")
+}
+
+func wideRoute(w io.Writer, r api.Route, all []api.Route) {
+	who := classes(r, all)
+	if len(r.Sources) > 0 {
+		who += " in " + list(r.Sources)
+	}
 	note := string(r.Verdict)
 	if r.Masquerade {
 		note += ", masqueraded"
 	}
-	fmt.Fprintf(w, "    from %s: %s\n", from(r), note)
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(w, "    from %s: %s\n", who, note)
+	var rows [][]string
+	if len(r.Endpoints) > 0 && r.Undelivered > 0 {
+		rows = append(rows, []string{undelivered(r), "NOWHERE"})
+	}
 	for _, e := range r.Endpoints {
-		masq := ""
+		exact, masq := short(e.Exact), ""
+		if e.MaxShare != nil {
+			exact = ""
+		}
 		if e.Masquerade != nil && *e.Masquerade != r.Masquerade {
 			masq = "not masqueraded"
 		}
-		fmt.Fprintf(t, "      %s\t%s\t%s\t%s\t%s\n", shareText(e.Share, e.MaxShare), e.Address, e.Chain, short(e.Exact), masq)
+		rows = append(rows, []string{shareText(e.Share, e.MaxShare), e.Address, e.Chain, exact, masq})
 	}
-	t.Flush() //nolint:errcheck // errWriter keeps the error
-	if len(r.Endpoints) > 0 && r.Undelivered > 0 {
-		fmt.Fprintf(w, "      %s  reaches no endpoint\n", Percent(r.Undelivered))
-	}
+	table(w, "      ", rows)
 	for _, u := range r.Unknown {
 		fmt.Fprintf(w, "      cannot be decided: %s\n", u)
 	}
@@ -327,15 +464,16 @@ func Trace(out io.Writer, doc api.Trace) error {
 	w := &errWriter{w: out}
 	header(w, doc.Snapshot)
 	p := doc.Packet
-	fmt.Fprintf(w, "%s %s → %s, from %s\n\n", p.Protocol, p.From, net.JoinHostPort(p.To.String(), strconv.Itoa(int(p.Port))), classText(p.Class))
+	fmt.Fprintf(w, "%s %s → %s, from %s\n", p.Protocol, p.From, net.JoinHostPort(p.To.String(), strconv.Itoa(int(p.Port))), classText(p.Class))
+	for _, u := range doc.Unknown {
+		fmt.Fprintf(w, "! cannot be decided, so the shares are bounds: %s\n", u)
+	}
+	fmt.Fprintln(w)
 	list := make([]branch, len(doc.Outcomes))
 	for i := range doc.Outcomes {
-		list[i] = branch{decisive(doc.Outcomes[i].Path), &doc.Outcomes[i]}
+		list[i] = branch{decisive(&doc.Outcomes[i]), &doc.Outcomes[i]}
 	}
 	tree(w, list, 0, "")
-	for _, u := range doc.Unknown {
-		fmt.Fprintf(w, "\n! cannot be decided, so the shares are bounds: %s\n", u)
-	}
 	return w.err
 }
 
@@ -349,21 +487,35 @@ func classText(c chain.Class) string {
 	return "outside this node"
 }
 
-// decisive leaves out the jumps into chains that changed nothing, and returns.
-func decisive(path []api.Step) []api.Step {
+// decisive leaves out returns, and the jumps into chains that changed nothing.
+// It keeps those into the chains of a Service: that a connection passes them
+// and reaches no endpoint is just what is odd.
+func decisive(o *api.Outcome) []api.Step {
 	var out []api.Step
-	for i := len(path) - 1; i >= 0; i-- {
-		target, isJump := strings.CutPrefix(path[i].Effect, "jump ")
-		if !isJump {
-			target, isJump = strings.CutPrefix(path[i].Effect, "goto ")
-		}
-		if path[i].Effect == "return" || isJump && (len(out) == 0 || out[len(out)-1].Chain != target) {
+	for i := len(o.Path) - 1; i >= 0; i-- {
+		step := o.Path[i]
+		target, isJump := jumpTarget(step)
+		led := len(out) > 0 && out[len(out)-1].Chain == target
+		if step.Effect == "return" || isJump && !led && (o.Verdict == chain.DNAT || step.Table != "nat" || !ofService(target)) {
 			continue
 		}
-		out = append(out, path[i])
+		out = append(out, step)
 	}
 	slices.Reverse(out)
 	return out
+}
+
+func jumpTarget(s api.Step) (name string, ok bool) {
+	if name, ok = strings.CutPrefix(s.Effect, "jump "); ok {
+		return name, true
+	}
+	return strings.CutPrefix(s.Effect, "goto ")
+}
+
+// ofService reports whether a chain belongs to one Service.
+func ofService(name string) bool {
+	return slices.ContainsFunc([]string{"KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-XLB-", "KUBE-SEP-"},
+		func(prefix string) bool { return strings.HasPrefix(name, prefix) })
 }
 
 // branch is an outcome with what is left of its path.
@@ -385,26 +537,55 @@ func same(a, b branch, depth int) bool {
 // next rule in common.
 func tree(w io.Writer, list []branch, depth int, indent string) {
 	groups := group(list, depth)
-	for _, g := range groups {
+	shares, width := make([]string, len(groups)), len("33.3% ")
+	for i, g := range groups {
+		shares[i] = groupShare(g)
+		width = max(width, utf8.RuneCountInString(shares[i]))
+	}
+	for i, g := range groups {
 		lead, deeper := "", indent
 		if len(groups) > 1 {
-			var share float64
-			for _, b := range g {
-				share += b.outcome.Share
-			}
-			lead = fmt.Sprintf("%6s ─ ", Percent(share))
-			deeper += strings.Repeat(" ", len("100.0% ─ ")-2)
+			lead = strings.Repeat(" ", width-utf8.RuneCountInString(shares[i])) + shares[i] + " ─ "
+			deeper += strings.Repeat(" ", utf8.RuneCountInString(lead))
 		}
 		if depth >= len(g[0].path) {
 			for _, b := range g {
-				fmt.Fprintf(w, "%s%s→ %s\n", indent, lead, outcomeText(b.outcome))
+				fmt.Fprintf(w, "%s%s→ %s\n", indent, lead, outcomeText(b))
 			}
 			continue
 		}
 		step := g[0].path[depth]
-		fmt.Fprintf(w, "%s%s%-6s %s%s\n", indent, lead, step.Table, step.Rule, odds(step, len(groups) > 1))
+		parted := slices.ContainsFunc(list, func(b branch) bool {
+			return depth < len(b.path) && b.path[depth].Chain == step.Chain && !same(b, g[0], depth)
+		})
+		fmt.Fprintf(w, "%s%s%-6s %s%s\n", indent, lead, step.Table, step.Rule, odds(g, step, parted))
 		tree(w, g, depth+1, deeper)
 	}
+}
+
+// groupShare is the share of connections that takes one of several ways.
+func groupShare(g []branch) string {
+	var least, greatest float64
+	for _, b := range g {
+		least += b.outcome.Share
+		greatest += b.greatest()
+	}
+	if greatest = min(greatest, 1); bounded(g) {
+		return shareText(least, &greatest)
+	}
+	return Percent(least)
+}
+
+func (b branch) greatest() float64 {
+	if b.outcome.MaxShare != nil {
+		return *b.outcome.MaxShare
+	}
+	return b.outcome.Share
+}
+
+// bounded reports whether an undecidable rule leaves the shares open.
+func bounded(g []branch) bool {
+	return slices.ContainsFunc(g, func(b branch) bool { return b.outcome.MaxShare != nil })
 }
 
 // group parts branches by their next rule, in the order of the rules.
@@ -419,6 +600,12 @@ func group(list []branch, depth int) [][]branch {
 		groups[i] = append(groups[i], b)
 	}
 	slices.SortStableFunc(groups, func(a, b []branch) int {
+		switch x, y := astray(a), astray(b); {
+		case x && !y: // what no rule took comes behind them all
+			return 1
+		case y && !x:
+			return -1
+		}
 		if depth >= len(a[0].path) || depth >= len(b[0].path) || a[0].path[depth].Chain != b[0].path[depth].Chain {
 			return 0
 		}
@@ -427,23 +614,28 @@ func group(list []branch, depth int) [][]branch {
 	return groups
 }
 
-// odds says how a random rule comes to the share it has: it sees only what
-// the rules before it left.
-func odds(s api.Step, parted bool) string {
-	reach := s.Share / s.Probability
-	if s.Probability == 1 && parted {
-		return fmt.Sprintf("   (all of the %s that get here)", Percent(reach))
-	}
-	if s.Probability == 1 {
-		return ""
-	}
-	if reach > 1-tolerance {
-		return ""
-	}
-	return fmt.Sprintf("   (%s of the %s that get here)", Percent(s.Probability), Percent(reach))
+// astray reports whether branches reach no endpoint, and are not refused.
+func astray(g []branch) bool {
+	return !slices.ContainsFunc(g, func(b branch) bool { return b.outcome.Verdict != chain.None && b.outcome.Verdict != chain.Accept })
 }
 
-func outcomeText(o *api.Outcome) string {
+// odds says how a random rule comes to the share it has: it sees only what
+// the rules before it left.
+func odds(g []branch, s api.Step, parted bool) string {
+	reach := s.Share / s.Probability
+	switch {
+	case reach > 1-tolerance || bounded(g):
+		return ""
+	case s.Probability < 1:
+		return fmt.Sprintf("   (%s of the %s that get here)", Percent(s.Probability), Percent(reach))
+	case parted:
+		return fmt.Sprintf("   (all of the %s that get here)", Percent(reach))
+	}
+	return ""
+}
+
+func outcomeText(b branch) string {
+	o := b.outcome
 	share := shareText(o.Share, o.MaxShare)
 	masq := ""
 	if o.Masquerade {
@@ -456,8 +648,14 @@ func outcomeText(o *api.Outcome) string {
 		return share + " rejected: the client sees \"connection refused\" at once"
 	case chain.Drop:
 		return share + " dropped: the client waits until it times out"
-	case chain.Accept:
-		return share + " accepted as it is, to the address it came with"
 	}
-	return share + " unchanged: no rule applies, it goes on to the address it came with"
+	for i := len(b.path) - 1; i >= 0; i-- {
+		if target, ok := jumpTarget(b.path[i]); ok && ofService(target) {
+			return fmt.Sprintf("%s NOWHERE: it passes %s without an endpoint, and goes on to the address it came with%s", share, target, masq)
+		}
+	}
+	if o.Verdict == chain.Accept {
+		return share + " accepted as it is, to the address it came with" + masq
+	}
+	return share + " unchanged: no rule applies, it goes on to the address it came with" + masq
 }

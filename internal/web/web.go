@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"log/slog"
 	"net/http"
@@ -71,8 +72,11 @@ func NewHandler(cfg Config) http.Handler {
 		w.Header().Set("Content-Type", "application/json")
 		w.Write(openAPI)
 	})
+	// One by one: a file server would list the directory, and answer 404 its own way.
+	assets := page(http.StripPrefix("/static", http.FileServerFS(files)))
 	mux.Handle("GET /{$}", page(http.FileServerFS(files)))
-	mux.Handle("GET /static/", page(http.StripPrefix("/static", http.FileServerFS(files))))
+	mux.Handle("GET /static/app.js", assets)
+	mux.Handle("GET /static/style.css", assets)
 	mux.HandleFunc("GET /", func(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusNotFound, "no such path: "+r.URL.Path)
 	})
@@ -168,7 +172,8 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, snap *snapshot.S
 	h.Set("Content-Type", "application/json")
 	h.Set("Vary", "Accept-Encoding")
 	h.Set("Cache-Control", "no-cache")
-	tag := fmt.Sprintf(`W/"%x-%x-%t"`, snap.Time.UnixNano(), snap.Version, snap.Stale)
+	// A stale snapshot keeps its time, while the reason may become another.
+	tag := fmt.Sprintf(`W/"%x-%x-%t-%x"`, snap.Time.UnixNano(), snap.Version, snap.Stale, crc32.ChecksumIEEE([]byte(snap.Error)))
 	h.Set("ETag", tag)
 	if match := r.Header.Get("If-None-Match"); match != "" && strings.Contains(match, tag) {
 		w.WriteHeader(http.StatusNotModified)
@@ -189,23 +194,28 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, snap *snapshot.S
 	}
 	h.Set("Content-Encoding", "gzip")
 	z := gzip.NewWriter(w)
-	z.Write(body.Bytes())
+	_, _ = z.Write(body.Bytes()) // a client that went away
 	z.Close()
 }
 
 // events streams one server-sent event per snapshot that says something new.
 func (s *server) events(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Cache-Control", "no-store")
+	if r.Method == http.MethodHead { // which would wait for the end of the stream
+		w.Header().Set("Content-Type", "text/event-stream")
+		return
+	}
 	select {
 	case s.streams <- struct{}{}:
 		defer func() { <-s.streams }()
 	default:
+		w.Header().Set("Retry-After", "10")
 		fail(w, http.StatusServiceUnavailable, fmt.Sprintf("there are already %d event streams", maxEventStreams))
 		return
 	}
 	control := http.NewResponseController(w)
-	control.SetWriteDeadline(time.Time{}) // a stream outlives the server's time limit
+	_ = control.SetWriteDeadline(time.Time{}) // a stream outlives the server's time limit
 	w.Header().Set("Content-Type", "text/event-stream")
-	w.Header().Set("Cache-Control", "no-store")
 	news, end := s.Source.Subscribe()
 	defer end()
 	const beat = 20 * time.Second // keeps proxies from closing an idle stream
@@ -256,11 +266,11 @@ func (s *server) ready(w http.ResponseWriter, _ *http.Request) {
 
 func (s *server) version(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(map[string]string{"version": s.Version})
+	_ = json.NewEncoder(w).Encode(map[string]string{"version": s.Version})
 }
 
 func fail(w http.ResponseWriter, code int, message string) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
-	json.NewEncoder(w).Encode(api.Error{Error: api.ErrorDetail{Code: code, Message: message}})
+	_ = json.NewEncoder(w).Encode(api.Error{Error: api.ErrorDetail{Code: code, Message: message}})
 }

@@ -2,6 +2,7 @@
 // from a rule is text: it goes into the document as text nodes only.
 
 const pageSize = 200; // Services shown before "show more"
+const manyFindings = 30; // shown before "show more"
 const manyEndpoints = 12; // of a route, shown before "show all"
 const pollEvery = 10_000; // ms: events tell of changes, polling of the time of the last reading
 const evenWithin = 1e-9; // shares that differ by less are the kernel's rounding
@@ -43,7 +44,13 @@ function duration(seconds) {
   return `${Math.round(s / 86_400)} days`;
 }
 
-const clock = (t) => new Date(t).toLocaleTimeString("en-GB");
+// clock tells the time, and the day where that is not plain.
+function clock(t) {
+  const d = new Date(t);
+  const time = d.toLocaleTimeString("en-GB");
+  return d.toDateString() === new Date().toDateString() ? time : `${d.toLocaleDateString("en-CA")} ${time}`;
+}
+
 const hostPort = (address, port) => (address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`);
 const serviceName = (s) => (s.namespace ? `${s.namespace}/${s.name}` : s.name) + (s.port ? `:${s.port}` : "");
 const serviceKey = (s) => `${serviceName(s)} ${s.protocol}`;
@@ -68,7 +75,7 @@ async function get(path) {
     throw new Refused(0, "the agent cannot be reached");
   }
   const date = Date.parse(answer.headers.get("Date") ?? "");
-  if (date && answer.status !== 304) skew = date - Date.now();
+  if (date) skew = date - Date.now();
   const doc = await answer.json().catch(() => ({}));
   if (!answer.ok) throw new Refused(answer.status, doc.error?.message ?? `the agent answered ${answer.status}`);
   return doc;
@@ -119,19 +126,22 @@ function apply() {
 
 // ---- Loading ----
 
-let loading = 0;
+let asks = 0;
+let answered = 0; // the latest request whose answer is shown
+let servicesHeader = null; // of the answer that services is from
 
 async function load(everything) {
-  const mine = ++loading;
+  const mine = ++asks;
   try {
     const [found, doc] = await Promise.all([get("api/v1/findings"), everything ? get("api/v1/services") : null]);
-    if (mine !== loading && !everything) return; // a newer request is on its way
+    if (mine < answered) return; // overtaken
+    answered = mine;
     offline = "";
     header = found.snapshot;
     findings = found.findings;
     if (doc) {
       services = doc.services.map((s) => ({ ...s, text: searchText(s), print: JSON.stringify(s) }));
-      header = newer(doc.snapshot, header);
+      servicesHeader = doc.snapshot;
     }
     showAll();
   } catch (e) {
@@ -139,8 +149,6 @@ async function load(everything) {
   }
   showHeader();
 }
-
-const newer = (a, b) => (Date.parse(a.time) > Date.parse(b.time) ? a : b);
 
 function searchText(s) {
   const words = [serviceName(s), s.protocol, s.sessionAffinity ? "affinity" : ""];
@@ -160,7 +168,10 @@ let live = false;
 
 function listen() {
   const stream = new EventSource("api/v1/events");
-  stream.addEventListener("snapshot", () => load(true));
+  stream.addEventListener("snapshot", (e) => {
+    const h = JSON.parse(e.data);
+    if (offline || h.time !== servicesHeader?.time || h.stale !== servicesHeader.stale) load(true);
+  });
   stream.onopen = () => setLive(true);
   stream.onerror = () => {
     setLive(false);
@@ -169,7 +180,6 @@ function listen() {
 }
 
 function setLive(now) {
-  if (live !== now) load(true);
   live = now;
   showHeader();
 }
@@ -184,11 +194,11 @@ function showHeader() {
   $("link").className = offline ? "error" : live ? "ok" : "";
   const alerts = [];
   if (offline && header) {
-    alerts.push(["error", "The agent does not answer.", `What you see was read ${duration(ageOf(header))} ago. Reason: ${offline}.`]);
+    alerts.push(["error", "No answer.", `${sentence(offline)} What you see was read at ${clock(header.time)}.`]);
   } else if (offline) {
-    alerts.push(["error", "Nothing to show yet.", offline]);
+    alerts.push(["error", "Nothing to show yet.", sentence(offline)]);
   } else if (header?.stale) {
-    alerts.push(["error", "Stale.", `The rules cannot be read; what you see was read at ${clock(header.time)}, ${duration(ageOf(header))} ago. Reason: ${header.error ?? "unknown"}`]);
+    alerts.push(["error", "Stale.", `The rules cannot be read any more. What you see was read at ${clock(header.time)}. Reason: ${header.error ?? "unknown"}`]);
   }
   if (header?.torn) alerts.push(["warning", "Torn.", "The rules kept changing while they were read, so some of what follows may be of two moments."]);
   showAlerts(alerts);
@@ -198,6 +208,7 @@ function showHeader() {
   $("time").textContent = clock(header.time);
   $("time").dateTime = header.time;
   $("age").textContent = `${duration(ageOf(header))} ago`;
+  $("age").parentElement.className = header.stale || offline ? "error" : "";
   if (loadedNode !== header.node) {
     loadedNode = header.node;
     document.title = header.node ? `${header.node} – natlens` : "natlens";
@@ -206,18 +217,15 @@ function showHeader() {
 
 const ageOf = (h) => (Date.now() + skew - Date.parse(h.time)) / 1000;
 
-// showAlerts leaves an alert alone that only grew older: a screen reader would
-// read it out again.
+const sentence = (s) => s[0].toUpperCase() + s.slice(1) + (s.endsWith(".") ? "" : ".");
+
+// showAlerts leaves an alert that stays alone: a screen reader would read it
+// out once more.
 function showAlerts(alerts) {
-  const kinds = alerts.map((a) => a[1]).join();
-  if ($("alerts").dataset.kinds !== kinds) {
-    $("alerts").dataset.kinds = kinds;
-    $("alerts").replaceChildren(...alerts.map(([level, title]) => el("p", { class: `alert ${level}` }, el("strong", {}, title), " ", el("span"))));
-  }
-  alerts.forEach(([, , text], i) => {
-    const span = $("alerts").children[i].lastChild;
-    if (span.textContent !== text) span.textContent = text;
-  });
+  const print = JSON.stringify(alerts);
+  if ($("alerts").dataset.print === print) return;
+  $("alerts").dataset.print = print;
+  $("alerts").replaceChildren(...alerts.map(([level, title, text]) => el("p", { class: `alert ${level}` }, el("strong", {}, title), " ", text)));
 }
 
 // ---- Filter ----
@@ -248,6 +256,7 @@ function countsBySeverity(list) {
 }
 
 let findingsPrint = null;
+let findingsShown = manyFindings;
 
 function showFindings(keys) {
   // Those about the node concern every Service.
@@ -262,7 +271,15 @@ function showFindings(keys) {
     $("findings").replaceChildren(el("p", { class: findings.length ? "quiet" : "quiet fine" }, none));
     return;
   }
-  $("findings").replaceChildren(...list.map((f) => findingView(f, open)));
+  $("findings").replaceChildren(...list.slice(0, findingsShown).map((f) => findingView(f, open)));
+  if (list.length > findingsShown) {
+    $("findings").append(el("p", { class: "more" }, el("button", { type: "button", class: "plain", onclick: () => {
+      findingsShown = Infinity;
+      findingsPrint = null;
+      showAll();
+      $("findings").children[manyFindings]?.firstChild.focus();
+    } }, `Show ${plural(list.length - findingsShown, "more finding")}`)));
+  }
 }
 
 function findingView(f, open) {
@@ -286,7 +303,7 @@ function findingView(f, open) {
 // ruleText makes the target of a rule stand out and its comment step back; the
 // text stays as iptables-save prints it, so that it can be copied.
 function ruleText(rule) {
-  const parts = rule.split(/( -m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+)| -[jg] .*$)/);
+  const parts = rule.split(/( -m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+)|(?:^| )-[jg] .*$)/);
   return el("code", {}, ...parts.map((p, i) => (i % 2 === 0 ? p : el("span", { class: p.startsWith(" -m comment") ? "dim" : "target" }, p))));
 }
 
@@ -321,7 +338,7 @@ function showServices(list) {
   for (const key of bodies.keys()) if (!known.has(key)) bodies.delete(key);
 
   table.hidden = list.length === 0;
-  $("services-count").textContent = asked.q ? `${list.length.toLocaleString("en")} of ${plural(services.length, "Service port")}` : plural(services.length, "port");
+  $("services-count").textContent = asked.q ? `${list.length.toLocaleString("en")} of ${plural(services.length, "port")}` : plural(services.length, "port");
   $("services-empty").hidden = list.length > 0;
   $("services-empty").textContent = services.length === 0 ? "These rules hold no Services." : `No Service fits “${asked.q}”.`;
   $("more").hidden = list.length <= shown;
@@ -350,7 +367,7 @@ function serviceView(s, key) {
   s.frontends.forEach((f, i) => {
     const fates = byFate(f.routes);
     fates.forEach((fate, j) => {
-      body.append(el("tr", { class: j === 0 ? "first" : undefined },
+      body.append(el("tr", { class: j > 0 ? undefined : i === s.frontends.length - 1 ? "first last" : "first" },
         j === 0 && el("th", { scope: "row", rowspan: fates.length }, ...frontendView(s, f)),
         el("td", { class: "from" }, ...fate.sources.map((r) => sourceView(s, f, r))),
         el("td", {}, ...fateView(s, f, fate, `${key} ${i} ${j}`))));
@@ -424,7 +441,7 @@ function fateView(s, f, { route: r, sources }, key) {
     if (f.address || f.accepted) go({ trace: `${hostPort(f.address || f.accepted[0], f.port)}/${s.protocol.toLowerCase()}`, from, to: e.address });
     else traceNodePort(s, f, from, e.address);
   }));
-  if (chips.length && r.undelivered > 0) chips.push(lostView(r.undelivered));
+  if (chips.length && r.undelivered > 0) chips.push(lostView(r));
   if (chips.length) view.push(endpointList(chips, key));
   return view;
 }
@@ -442,7 +459,8 @@ function sumText(r) {
 
 function verdictView(r) {
   const v = verdicts[r.verdict] ?? { mark: "?", word: r.verdict, text: "" };
-  const text = r.verdict === "mixed" ? `${percent(1 - r.undelivered)} reach an endpoint, ${percent(r.undelivered)} do not` : v.text;
+  let text = v.text;
+  if (r.verdict === "mixed") text = r.unknown ? `${lostText(r)} may reach no endpoint` : `${percent(1 - r.undelivered)} reach an endpoint, ${lostText(r)} do not`;
   return el("p", { class: `verdict ${r.verdict}` }, el("span", { class: "word" }, el("span", { "aria-hidden": "true" }, v.mark), " ", v.word), el("span", {}, text));
 }
 
@@ -464,8 +482,11 @@ function endpointView(e, uneven, onclick) {
       el("span", { class: "mono" }, e.address), e.masquerade && el("span", { class: "badge" }, "masquerade"), el("span", { class: "percent" }, shareText(e)), bar(e.share, e.maxShare)));
 }
 
-function lostView(share) {
-  return el("li", { class: "lost" }, el("span", { class: "endpoint" }, el("span", {}, "no endpoint"), el("span", { class: "percent" }, percent(share)), bar(share)));
+// Where a rule cannot be decided, the API tells the most that may be lost.
+const lostText = (r) => (r.unknown ? "up to " : "") + percent(r.undelivered);
+
+function lostView(r) {
+  return el("li", { class: "lost" }, el("span", { class: "endpoint" }, el("span", {}, "no endpoint"), el("span", { class: "percent" }, lostText(r)), r.unknown ? bar(0, r.undelivered) : bar(r.undelivered)));
 }
 
 function endpointList(chips, key) {
@@ -532,24 +553,30 @@ async function runTrace(question) {
   const [to, protocol] = asked.trace.split("/");
   const result = $("trace-result");
   result.setAttribute("aria-busy", "true");
+  let heading = [];
   let view;
   try {
-    view = traceView(await get(`api/v1/trace?${new URLSearchParams({ to, protocol: protocol || "tcp", from: asked.from })}`));
+    const t = await get(`api/v1/trace?${new URLSearchParams({ to, protocol: protocol || "tcp", from: asked.from })}`);
+    heading = questionView(t.packet);
+    view = traceView(t);
   } catch (e) {
-    view = [el("p", { class: "alert error" }, el("strong", {}, "No answer."), " ", e.message)];
+    heading = ["This cannot be traced."];
+    view = [el("p", { class: "alert error" }, sentence(e.message))];
   }
   if (question !== traced) return; // another question came up meanwhile
   result.removeAttribute("aria-busy");
+  $("trace-question").replaceChildren(...heading);
   result.replaceChildren(...view);
   result.querySelector(".chosen")?.scrollIntoView({ block: "nearest" });
 }
 
+function questionView(p) {
+  const from = { pod: "a pod", node: "the node", external: "outside" }[p.class] ?? p.class;
+  return [`A new ${p.protocol} connection from ${from} (`, el("span", { class: "mono" }, p.from), ") to ", el("span", { class: "mono" }, hostPort(p.to, p.port)), ":"];
+}
+
 function traceView(t) {
-  const p = t.packet;
-  const view = [
-    el("p", { class: "question" }, `A new ${p.protocol} connection from ${{ pod: "a pod", node: "the node", external: "outside" }[p.class] ?? p.class} (`, el("span", { class: "mono" }, p.from), ") to ", el("span", { class: "mono" }, hostPort(p.to, p.port)), ":"),
-    el("ul", { class: "endpoints outcomes" }, ...t.outcomes.map((o) => outcomeView(o))),
-  ];
+  const view = [el("ul", { class: "endpoints outcomes" }, ...t.outcomes.map((o) => outcomeView(o)))];
   if (t.unknown.length > 0) {
     view.push(el("div", { class: "alert warning" }, el("strong", {}, `${plural(t.unknown.length, "rule")} could not be decided.`), " The answer depends on ", t.unknown.length === 1 ? "it:" : "them:", el("ol", { class: "rules" }, ...t.unknown.map((r) => el("li", {}, ruleText(r))))));
   }
@@ -559,8 +586,8 @@ function traceView(t) {
 
 function outcomeView(o) {
   const v = verdicts[o.verdict] ?? { mark: "?", word: o.verdict };
-  const name = o.verdict === "dnat" ? el("span", { class: "mono" }, `→ ${o.to}`) : el("span", {}, `${v.mark} ${v.word}`);
-  return el("li", { class: o.verdict === "dnat" ? undefined : "lost" },
+  const name = o.verdict === "dnat" ? el("span", { class: "mono" }, `→\u00a0${o.to}`) : el("span", {}, `${v.mark} ${v.word}`);
+  return el("li", { class: { reject: "lost", drop: "lost", none: "passed", accept: "passed" }[o.verdict] },
     el("span", { class: "endpoint", title: o.exact && o.exact.length < 60 ? `exactly ${o.exact}` : undefined },
       name, o.masquerade && el("span", { class: "badge" }, "masquerade"), el("span", { class: "percent" }, shareText(o)), bar(o.share, o.maxShare)));
 }
@@ -583,7 +610,7 @@ function treeView(outcomes) {
     }
     at.end = o;
   }
-  return el("div", { class: "tree" }, ...runView(root, ""));
+  return el("div", { class: "tree" }, ...runView(root, "", 0));
 }
 
 // withDepth tells how deep in jumps each step stands. A path lists the rules
@@ -602,77 +629,91 @@ function withDepth(path) {
 }
 
 // runView draws a node's successors up to where they part, and each part.
-function runView(node, chain) {
+function runView(node, chain, base) {
   const view = [];
   let rewritten = false;
   while (node.children.length === 1 && !node.end) {
     node = node.children[0];
     if (rewritten && onlyDelivered(node)) { // behind the DNAT nothing changes any more
-      view.push(restView(node, chain));
+      view.push(restView(node, chain, base));
       return view;
     }
     const name = `${node.step.table} ${node.step.chain}`;
-    if (name !== chain) view.push(chainView(node.step));
+    if (name !== chain) view.push(chainView(node.step, base));
     chain = name;
-    view.push(stepView(node.step));
+    view.push(stepView(node.step, base));
     rewritten ||= /^(dnat|redirect)/.test(node.step.effect);
   }
   if (node.end) view.push(endView(node.end));
-  const few = node.children.length <= 3;
-  for (const c of node.children) view.push(branchView(c, chain, few));
+  const branches = node.children.toSorted((a, b) => a.step.number - b.step.number);
+  const first = branches[0]?.step;
+  if (first && branches.every((b) => b.step.chain === first.chain && b.step.table === first.table)) {
+    if (`${first.table} ${first.chain}` !== chain) view.push(chainView(first, base));
+    chain = `${first.table} ${first.chain}`;
+  }
+  for (const b of branches) view.push(branchView(b, chain, base, branches.length <= 3));
   return view;
 }
 
 const onlyDelivered = (node) => node.outcomes.length === 1 && node.outcomes[0].verdict === "dnat";
 
-function restView(node, chain) {
+function restView(node, chain, base) {
   const rest = [];
   let n = 0;
   let last = null;
   while (node) {
     const name = `${node.step.table} ${node.step.chain}`;
-    if (name !== chain) rest.push(chainView(node.step));
+    if (name !== chain) rest.push(chainView(node.step, base));
     chain = name;
-    rest.push(stepView(node.step));
+    rest.push(stepView(node.step, base));
     n++;
     last = node;
     node = node.children[0];
   }
-  return el("div", {}, el("details", { class: "rest" }, el("summary", {}, `then ${plural(n, "more rule")}, which change${n === 1 ? "s" : ""} nothing of that`), ...rest), endView(last.end));
+  return el("div", {}, el("details", { class: "rest" }, el("summary", {}, `then ${plural(n, "more rule")} on the way out`), ...rest), endView(last.end));
 }
 
-function branchView(node, chain, open) {
+function branchView(node, chain, base, open) {
   const one = node.outcomes.length === 1 ? node.outcomes[0] : null;
   const chosen = asked.to && one?.to === asked.to;
   const title = one ? (one.verdict === "dnat" ? `→ ${one.to}` : verdicts[one.verdict]?.word ?? one.verdict) : plural(node.outcomes.length, "outcome");
   const share = one ? shareText(one) : percent(node.step.share);
   const fork = { children: [node], outcomes: node.outcomes };
   const details = el("details", { class: `branch${chosen ? " chosen" : ""}`, open: asked.to ? chosen : open },
-    el("summary", {}, el("span", { class: "percent" }, share), el("span", { class: "mono" }, title), el("span", { class: "dim" }, `rule ${node.step.number} of ${node.step.chain}`)),
-    ...runView(fork, chain));
-  indent(details, node.step.depth);
+    el("summary", {}, el("span", { class: "percent" }, share), el("span", { class: "mono" }, title), el("span", { class: "dim" }, `by rule ${node.step.number}`)),
+    ...runView(fork, chain, node.step.depth));
+  indent(details, node.step.depth - base);
   return details;
 }
 
 function indent(e, depth) {
-  e.style.marginInlineStart = `${Math.min(depth, 6) * 0.75}rem`;
+  e.style.marginInlineStart = `${Math.min(Math.max(depth, 0), 6) * 0.75}rem`;
 }
 
-function chainView(step) {
+function chainView(step, base) {
   const e = el("p", { class: "chain" }, el("span", { class: "dim" }, step.table), " ", step.chain);
-  indent(e, step.depth);
+  indent(e, step.depth - base);
   return e;
 }
 
-function stepView(step) {
-  const rule = step.rule.startsWith(`-A ${step.chain} `) ? step.rule.slice(`-A ${step.chain}`.length) : step.rule;
+function stepView(step, base) {
+  const rule = step.rule.startsWith(`-A ${step.chain} `) ? step.rule.slice(`-A ${step.chain} `.length) : step.rule;
   const e = el("div", { class: "step" },
     el("span", { class: "number", title: `Rule ${step.number} of ${step.chain}` }, String(step.number)),
-    ruleText(rule),
-    step.probability < 1 && el("span", { class: "badge", title: "Of the connections that reach this rule" }, `takes ${percent(step.probability)}`),
-    el("span", { class: "effect" }, step.effect));
-  indent(e, step.depth);
+    el("span", {}, ruleText(rule), saysMore(step) && el("span", { class: "effect" }, step.effect)),
+    el("span", { class: "shares" },
+      el("span", { class: "percent", title: "Of all connections" }, percent(step.share)),
+      step.probability < 1 && el("span", { class: "badge", title: "Of the connections that reach this rule" }, `takes ${percent(step.probability)}`)));
+  indent(e, step.depth - base);
   return e;
+}
+
+// saysMore tells whether the effect of a rule is not plain from its text.
+function saysMore(step) {
+  const words = step.effect.toLowerCase().split(" ");
+  if (words[0] === "jump" || words[0] === "goto") words.shift();
+  const rule = step.rule.toLowerCase();
+  return !words.every((w) => rule.includes(w));
 }
 
 function endView(o) {
