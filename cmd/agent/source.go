@@ -23,6 +23,7 @@ import (
 	"github.com/natlens/natlens/pkg/chain"
 	"github.com/natlens/natlens/pkg/iptables"
 	"github.com/natlens/natlens/pkg/netfilter"
+	"github.com/natlens/natlens/pkg/nftables"
 )
 
 // source is where the rules come from, as the shared flags say.
@@ -38,7 +39,7 @@ type source struct {
 }
 
 func (s *source) addFlags(fs *pflag.FlagSet) {
-	fs.StringArrayVarP(&s.files, "file", "f", nil, "read the rules from a `FILE` that iptables-save wrote, not from the kernel (repeatable; - is stdin)")
+	fs.StringArrayVarP(&s.files, "file", "f", nil, "read the rules from a `FILE` that iptables-save or nft -j wrote, not from the kernel (repeatable; - is stdin)")
 	fs.StringVar(&s.reader, "reader", "auto", "how to read the kernel: auto or exec (iptables-save)")
 	fs.StringSliceVar(&s.local, "local", nil, "this node's own `IP`s, the main one first (default: of its interfaces)")
 	fs.StringSliceVar(&s.podCIDRs, "pod-cidr", nil, "`CIDR`s of the pods on this node (default: those that the rules name)")
@@ -132,7 +133,7 @@ func (r fileReader) Read(context.Context) (*netfilter.Ruleset, error) {
 		}
 		sets = append(sets, rs)
 	}
-	return iptables.Merge(sets...)
+	return netfilter.Merge(sets...)
 }
 
 func (r fileReader) one(name string) (*netfilter.Ruleset, error) {
@@ -160,10 +161,10 @@ func parse(r io.Reader, name string) (*netfilter.Ruleset, error) {
 		return nil, fmt.Errorf("reading %s: %w", name, err)
 	}
 	switch start = bytes.TrimSpace(start); {
-	case bytes.HasPrefix(start, []byte("{")), bytes.HasPrefix(start, []byte("[{")):
-		return nil, fmt.Errorf("%s: is JSON, such as nft -j prints: expected the text that iptables-save prints", name)
+	case bytes.HasPrefix(start, []byte("{")):
+		return nftables.Parse(b, name)
 	case bytes.HasPrefix(start, []byte("table ")):
-		return nil, fmt.Errorf("%s: is the text that nft prints: expected the text that iptables-save prints", name)
+		return nil, fmt.Errorf("%s: is the text that nft prints: expected the JSON of nft -j list ruleset, or the text of iptables-save", name)
 	}
 	return iptables.Parse(b, name)
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/natlens/natlens/pkg/chain"
 	"github.com/natlens/natlens/pkg/iptables"
 	"github.com/natlens/natlens/pkg/netfilter"
+	"github.com/natlens/natlens/pkg/nftables"
 )
 
 // Header says what a document was made from.
@@ -287,9 +288,13 @@ func ruleTexts(refs []chain.RuleRef) []string {
 	return out
 }
 
-// RuleText prints a rule as iptables-save does.
+// RuleText prints a rule in the language of the program that wrote it:
+// iptables-save's or nft's.
 func RuleText(r chain.RuleRef) string {
 	if r.Index < r.Chain.Len() {
+		if r.Table.Backend == netfilter.BackendNFTables {
+			return nftables.RuleText(r.Table, r.Chain, r.Index)
+		}
 		return iptables.RuleText(r.Table, r.Chain, r.Index)
 	}
 	policy := "ACCEPT"
@@ -451,7 +456,7 @@ func ChainOf(s *snapshot.Snapshot, table, name string) (Chain, error) {
 		}
 		dump := ChainDump{Family: t.Family.String(), Backend: string(t.Backend), Table: t.Name, Name: c.Name, Rules: make([]Rule, c.Len())}
 		for i := range c.Len() {
-			dump.Rules[i].Rule = iptables.RuleText(t, c, i)
+			dump.Rules[i].Rule = RuleText(chain.RuleRef{Table: t, Chain: c, Index: i})
 			if n, ok := c.Counter(i); ok {
 				dump.Rules[i].Packets, dump.Rules[i].Bytes = &n.Packets, &n.Bytes
 			}

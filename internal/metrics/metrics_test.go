@@ -65,7 +65,7 @@ func (d *dumps) Read(context.Context) (*netfilter.Ruleset, error) {
 		}
 		sets = append(sets, rs)
 	}
-	return iptables.Merge(sets...)
+	return netfilter.Merge(sets...)
 }
 
 func newKeeper(texts ...string) (*snapshot.Keeper, *dumps) {

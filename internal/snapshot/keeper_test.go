@@ -425,7 +425,7 @@ func TestBuildBackend(t *testing.T) {
 		}
 		return rs
 	}
-	both, err := iptables.Merge(parse(strings.Replace(gone, "-j KUBE-SERVICES", "-j ACCEPT", 2)), parse(legacy))
+	both, err := netfilter.Merge(parse(strings.Replace(gone, "-j KUBE-SERVICES", "-j ACCEPT", 2)), parse(legacy))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -52,6 +52,9 @@ func Build(rs *netfilter.Ruleset, node chain.Node, name, backend string, now tim
 func backendOf(rs *netfilter.Ruleset) string {
 	any := ""
 	for _, t := range rs.Tables {
+		if t.Backend == netfilter.BackendNFTables && t.Name == "kube-proxy" {
+			return string(t.Backend)
+		}
 		if c := t.Lookup("KUBE-SERVICES"); t.Name == "nat" && c != nil && c.Len() > 0 {
 			return string(t.Backend)
 		}

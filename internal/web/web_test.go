@@ -78,7 +78,7 @@ func (d *dumps) Read(context.Context) (*netfilter.Ruleset, error) {
 		}
 		sets = append(sets, rs)
 	}
-	return iptables.Merge(sets...)
+	return netfilter.Merge(sets...)
 }
 
 // agent is a handler with what it serves.

@@ -136,7 +136,7 @@ func merged(t *testing.T, files []string, add map[string]string) *netfilter.Rule
 		sets = append(sets, parse(t, withRules(recorded(t, file), add)))
 		add = nil
 	}
-	rs, err := iptables.Merge(sets...)
+	rs, err := netfilter.Merge(sets...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -334,7 +334,10 @@ func (f *finder) backends() {
 		var names []string
 		for _, t := range f.view.rules.Tables {
 			c := t.Lookup("KUBE-SERVICES")
-			if t.Family == fv.family && t.Name == "nat" && c != nil && c.Len() > 0 && (leads(t, netfilter.Prerouting, c) || leads(t, netfilter.Output, c)) {
+			if isNFTables(t) {
+				c = t.Lookup("services")
+			}
+			if t.Family == fv.family && (t.Name == "nat" || isNFTables(t)) && c != nil && c.Len() > 0 && (leads(t, netfilter.Prerouting, c) || leads(t, netfilter.Output, c)) {
 				holders = append(holders, RuleRef{t, c, 0})
 				names = append(names, string(t.Backend))
 			}
@@ -367,6 +370,10 @@ var hookJumps = []hookJump{
 	{"filter", netfilter.Forward, "KUBE-PROXY-FIREWALL"},
 	{"filter", netfilter.Input, "KUBE-PROXY-FIREWALL"},
 	{"filter", netfilter.Output, "KUBE-PROXY-FIREWALL"},
+	// nftables mode has all in one table.
+	{"kube-proxy", netfilter.Prerouting, "services"},
+	{"kube-proxy", netfilter.Output, "services"},
+	{"kube-proxy", netfilter.Postrouting, "masquerading"},
 }
 
 // hooks reports chains of kube-proxy that hold rules but that a hook no longer
@@ -388,7 +395,7 @@ func (f *finder) hooks() {
 			}[j.hook]
 			f.add(HookJumpMissing, Error, nil, "table %q of %v: no rule leads from %v to %s, so its %d rules are not asked for connections from %s",
 				t.Name, t.Family, j.hook, j.chain, c.Len(), who)
-			if j.table == "nat" && j.chain == "KUBE-SERVICES" {
+			if j.table == "nat" && j.chain == "KUBE-SERVICES" || j.chain == "services" {
 				if j.hook == netfilter.Output {
 					f.missingHooks[Host] = true
 				} else {

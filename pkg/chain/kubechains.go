@@ -1,6 +1,7 @@
 package chain
 
 import (
+	"slices"
 	"strings"
 
 	"github.com/natlens/natlens/pkg/netfilter"
@@ -32,6 +33,15 @@ var kubeChains = map[string]map[string]own{
 		"KUBE-EXTERNAL-SERVICES": {targets: []netfilter.Kind{netfilter.Reject, netfilter.Drop}},
 		"KUBE-PROXY-FIREWALL":    {targets: []netfilter.Kind{netfilter.Drop}},
 	},
+	// nftables mode, v1.29 to v1.37.
+	"kube-proxy": {
+		"services":  {targets: []netfilter.Kind{netfilter.VerdictMap, netfilter.SetMark}},
+		"service-":  {jumps: []string{"endpoint-", "mark-for-masquerade"}, targets: []netfilter.Kind{netfilter.Choose, netfilter.DNAT}},
+		"local-":    {jumps: []string{"endpoint-", "mark-for-masquerade"}, targets: []netfilter.Kind{netfilter.Choose, netfilter.DNAT}},
+		"external-": {jumps: []string{"service-", "local-", "mark-for-masquerade"}, targets: []netfilter.Kind{netfilter.SetMark}},
+		"endpoint-": {jumps: []string{"mark-for-masquerade"}, targets: []netfilter.Kind{netfilter.DNAT, netfilter.NoEffect}},
+		"firewall-": {targets: []netfilter.Kind{netfilter.Drop}},
+	},
 }
 
 // kind returns the catalogue's entry for a chain.
@@ -39,11 +49,16 @@ func kind(table, chain string) (own, bool) {
 	if o, ok := kubeChains[table][chain]; ok {
 		return o, true
 	}
-	if i := strings.IndexByte(strings.TrimPrefix(chain, "KUBE-"), '-'); strings.HasPrefix(chain, "KUBE-") && i >= 0 {
-		o, ok := kubeChains[table][chain[:len("KUBE-")+i+1]]
-		return o, ok
+	prefix, rest, _ := strings.Cut(chain, "-")
+	if table == "kube-proxy" && !strings.Contains(rest, "/") {
+		return own{}, false // not of a Service
 	}
-	return own{}, false
+	if prefix == "KUBE" {
+		more, _, _ := strings.Cut(rest, "-")
+		prefix += "-" + more
+	}
+	o, ok := kubeChains[table][prefix+"-"]
+	return o, ok
 }
 
 // owners tells which Service a chain belongs to.
@@ -93,7 +108,7 @@ func (v *View) scanChains(owners *owners) {
 		}
 		for _, c := range t.Chains() {
 			o, ok := kind(t.Name, c.Name)
-			if !ok {
+			if !ok || (t.Name == "kube-proxy") != isNFTables(t) {
 				continue
 			}
 			o.foreign(owners, t, c)
@@ -130,7 +145,7 @@ func (o own) writes(t *netfilter.Table, rule []netfilter.Expr) bool {
 			return true
 		}
 	}
-	if e.Kind != netfilter.Jump {
+	if e.Kind != netfilter.Jump && e.Kind != netfilter.Goto {
 		return false
 	}
 	name := t.ChainName(netfilter.ChainID(e.A))
@@ -246,7 +261,7 @@ func (f *finder) nothing() {
 		f.add(ProxyModeUnsupported, Warning, nil, "OVN-Kubernetes handles Services in OVN load balancers: the shares are not in netfilter (see ovn-nbctl lb-list)")
 	case prefix("ANTREA-") && !named("KUBE-SERVICES"):
 		f.add(ProxyModeUnsupported, Warning, nil, "Antrea handles Services in Open vSwitch: the shares are not in netfilter (see antctl get ovsflows)")
-	case named("KUBE-SERVICES"):
+	case named("KUBE-SERVICES"), slices.ContainsFunc(f.view.rules.Tables, isNFTables):
 		f.add(ProxyModeUnsupported, Error, nil, "kube-proxy's chains are there, but hold no Service: it has not finished its first sync, cannot reach the API server, or its rules were flushed; or no Service has an address of this family")
 	case prefix("cali-"):
 		f.add(ProxyModeUnsupported, Warning, nil, "no chain of kube-proxy is there: with Calico, the eBPF dataplane probably handles Services")

@@ -26,8 +26,8 @@ func is(b bool) answer {
 
 // decide answers one match for the packet as it is now. Random and Nth are not
 // asked here: they split.
-func (r *run) decide(c *netfilter.Chain, e netfilter.Expr, s *state) answer {
-	a := r.ask(c, e, s)
+func (r *run) decide(t *netfilter.Table, c *netfilter.Chain, e netfilter.Expr, s *state) answer {
+	a := r.ask(t, c, e, s)
 	if e.Negated() && a != unknown {
 		return is(a == no)
 	}
@@ -35,7 +35,7 @@ func (r *run) decide(c *netfilter.Chain, e netfilter.Expr, s *state) answer {
 }
 
 // ask answers a match as if it were not negated.
-func (r *run) ask(c *netfilter.Chain, e netfilter.Expr, s *state) answer {
+func (r *run) ask(t *netfilter.Table, c *netfilter.Chain, e netfilter.Expr, s *state) answer {
 	switch e.Kind {
 	case netfilter.Source:
 		return is(c.Contains(e, r.packet.Source))
@@ -78,6 +78,13 @@ func (r *run) ask(c *netfilter.Chain, e netfilter.Expr, s *state) answer {
 		return r.multiport(c.Text(e), e.N, s)
 	case netfilter.AddrRange:
 		return r.addrRange(c.Text(e), e.N, s)
+	case netfilter.InSet:
+		set := t.Set(e.A)
+		if set.Dynamic {
+			return no // a new client is in none
+		}
+		_, ok := set.Lookup(r.setKey(e, s))
+		return is(ok)
 	case netfilter.BridgePort:
 		if r.packet.FromHost {
 			return no

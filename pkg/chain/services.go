@@ -181,6 +181,9 @@ type clash struct {
 func (v *View) discover() *discovery {
 	d := &discovery{view: v, at: map[frontKey]*entry{}, names: map[string]ServicePort{}, accepted: map[netfilter.Family][]netip.Addr{}}
 	for _, t := range v.rules.Tables {
+		if isNFTables(t) {
+			d.maps(t)
+		}
 		if t.Name != "nat" {
 			continue
 		}

@@ -924,7 +924,7 @@ func TestBothBackends(t *testing.T) {
 		{"stale first", []*netfilter.Ruleset{stale, fresh}, want(clusterWide("a", "9=1"), clusterWide("b", "3=1"), "! BackendConflict")},
 		{"fresh first", []*netfilter.Ruleset{fresh, stale}, want(clusterWide("a", "1=0.5 2=0.5"), clusterWide("b", "3=1"), "! BackendConflict")},
 	} {
-		rs, err := iptables.Merge(c.sets...)
+		rs, err := netfilter.Merge(c.sets...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -936,7 +936,7 @@ func TestBothBackends(t *testing.T) {
 	// What the first table sends to port 8080 the second would send elsewhere,
 	// if it were asked.
 	greedy := rulesOf(t, dump("iptables-save", "*nat\n-A PREROUTING -p tcp -m tcp --dport 8080 -j DNAT --to-destination 10.244.0.77:8080"))
-	both, err := iptables.Merge(fresh, greedy)
+	both, err := netfilter.Merge(fresh, greedy)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -949,7 +949,7 @@ func TestBothBackends(t *testing.T) {
 
 	// kubelet's empty chains in the other backend are no conflict.
 	idle := rulesOf(t, dump("iptables-save", "*nat\nWITHOUT KUBE-SERVICES\n*filter\nWITHOUT KUBE-S"))
-	rs, err := iptables.Merge(idle, fresh)
+	rs, err := netfilter.Merge(idle, fresh)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1064,7 +1064,7 @@ func TestIPv6(t *testing.T) {
 	}
 
 	// A dual-stack Service has two answers, which may differ.
-	rs, err := iptables.Merge(rulesOf(t, dump("iptables-save", clusterIP("a", "10.96.0.10"), endpoints("a", 3), toEndpoint("a", 3, ""))), rulesOf(t, text))
+	rs, err := netfilter.Merge(rulesOf(t, dump("iptables-save", clusterIP("a", "10.96.0.10"), endpoints("a", 3), toEndpoint("a", 3, ""))), rulesOf(t, text))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -79,6 +79,9 @@ func (fv *familyView) index(t *netfilter.Table, c *netfilter.Chain) *index {
 func (fv *familyView) marks(chain string) uint32 {
 	var mark uint32
 	for t := range fv.indexes {
+		if isNFTables(t) && chain == "KUBE-MARK-MASQ" {
+			mark |= nftMasquerade(t)
+		}
 		c := t.Lookup(chain)
 		if t.Name != "nat" || c == nil {
 			continue
@@ -146,14 +149,13 @@ func (v *View) Class(p netfilter.Packet) Class {
 // pod's (pkg/proxy/util/localdetector.go).
 func detectPods(rs *netfilter.Ruleset) (cidrs []netip.Prefix, interfaces []string) {
 	for _, t := range rs.Tables {
-		mark := t.Lookup("KUBE-MARK-MASQ")
-		if t.Name != "nat" || mark == nil {
+		if t.Name != "nat" && !isNFTables(t) {
 			continue
 		}
 		for _, c := range t.Chains() {
 			for i := range c.Len() {
 				rule := c.Rule(i)
-				if last := rule[max(0, len(rule)-1):]; len(last) == 0 || last[0].Kind != netfilter.Jump || netfilter.ChainID(last[0].A) != mark.ID {
+				if !marksForMasquerade(t, rule) {
 					continue
 				}
 				for _, e := range rule {
@@ -175,6 +177,22 @@ func detectPods(rs *netfilter.Ruleset) (cidrs []netip.Prefix, interfaces []strin
 		}
 	}
 	return cidrs, interfaces
+}
+
+// marksForMasquerade reports whether a rule does nothing but mark packets so
+// that kube-proxy masquerades them.
+func marksForMasquerade(t *netfilter.Table, rule []netfilter.Expr) bool {
+	if len(rule) == 0 {
+		return false
+	}
+	switch e := rule[len(rule)-1]; e.Kind {
+	case netfilter.Jump:
+		name := t.ChainName(netfilter.ChainID(e.A))
+		return name == "KUBE-MARK-MASQ" || isNFTables(t) && name == "mark-for-masquerade"
+	case netfilter.SetMark: // nftables mode from v1.36 on
+		return isNFTables(t)
+	}
+	return false
 }
 
 // detectLocal returns the addresses that kube-proxy takes NodePorts on, where

@@ -283,7 +283,11 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 					continue
 				}
 			}
-			r.act(ref, rule[len(rule)-1], p, taken, &more, &back, passed)
+			var rest Share
+			if rest = r.perform(ref, rule, p, taken, &more, &back, passed); !rest.IsZero() {
+				taken.share = rest
+				more = append(more, taken)
+			}
 		}
 		live = join(kept, more)
 		more = more[:0]
@@ -293,6 +297,62 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 	r.give(more)
 	r.give(back)
 	return live
+}
+
+// perform does what a matching rule says: its statements, and then its verdict.
+// It returns the share for which the verdict turned out to be none.
+func (r *run) perform(ref RuleRef, rule []netfilter.Expr, p chance, s state, next, back, passed *[]state) Share {
+	e := rule[len(rule)-1]
+	for _, st := range rule[:len(rule)-1] {
+		if !st.IsMatch() { // only nf_tables has statements ahead of a verdict
+			r.mark(ref, st, &s)
+		}
+	}
+	switch e.Kind {
+	case netfilter.VerdictMap:
+		if v, ok := ref.Table.Set(e.A).Lookup(r.setKey(e, &s)); ok {
+			r.act(ref, v.Verdict, p, s, next, back, passed)
+			return Share{}
+		}
+		return s.share
+	case netfilter.Choose:
+		left := e.B
+		for _, c := range ref.Chain.Choices(e) {
+			taken := s
+			taken.share, s.share = s.share.split(c.Count, left)
+			left -= c.Count
+			r.act(ref, c.Verdict, chance{c.Count, e.B}, taken, next, back, passed)
+			if left == 0 {
+				return Share{}
+			}
+		}
+		return s.share
+	}
+	r.act(ref, e, p, s, next, back, passed)
+	return Share{}
+}
+
+// setKey returns what a lookup asks of the packet.
+func (r *run) setKey(e netfilter.Expr, s *state) netfilter.SetKey {
+	var k netfilter.SetKey
+	f := netfilter.Field(e.N)
+	if f&netfilter.FieldSource != 0 {
+		k.Addr = r.packet.Source
+	}
+	if f&netfilter.FieldDestination != 0 {
+		if k.Addr.IsValid() {
+			k.Addr2 = s.to.Addr()
+		} else {
+			k.Addr = s.to.Addr()
+		}
+	}
+	if f&netfilter.FieldProtocol != 0 {
+		k.Protocol = r.packet.Protocol
+	}
+	if f&netfilter.FieldPort != 0 {
+		k.Port = s.to.Port()
+	}
+	return k
 }
 
 // split parts a state at the chances of a rule, of which there mostly is one.
@@ -335,26 +395,24 @@ func (r *run) matches(ref RuleRef, rule []netfilter.Expr, s *state) (p chance, o
 			p = p.times(chanceOf(e))
 			continue
 		}
-		switch r.decide(ref.Chain, e, s) {
+		switch r.decide(ref.Table, ref.Chain, e, s) {
 		case no:
-			if e.Kind == netfilter.Source && r.collect && bySource < 0 {
+			if r.collect && bySource < 0 && asksSource(ref.Table, e) {
 				bySource = i // maybe the only thing that speaks against it
 				continue
 			}
-			if e.Kind == netfilter.Recent {
-				r.noteAffinity(ref.Chain.Text(e))
-			}
+			r.noteAffinity(ref, e)
 			return p, false
 		case unknown:
 			open = true
 		case yes:
-			if e.Kind == netfilter.Source && r.collect {
-				r.sense(ref.Chain, e)
+			if r.collect && asksSource(ref.Table, e) {
+				r.sense(ref, e)
 			}
 		}
 	}
 	if bySource >= 0 {
-		r.sense(ref.Chain, rule[bySource])
+		r.sense(ref, rule[bySource])
 		return p, false
 	}
 	if open && !r.suppose(ref, rule) {
@@ -363,17 +421,40 @@ func (r *run) matches(ref RuleRef, rule []netfilter.Expr, s *state) (p chance, o
 	return p, true
 }
 
-func (r *run) noteAffinity(text []byte) {
-	if r.affinity == 0 {
-		r.affinity = affinitySeconds(text)
+// noteAffinity notes the timeout of a list of known clients that a rule looks
+// into.
+func (r *run) noteAffinity(ref RuleRef, e netfilter.Expr) {
+	switch {
+	case r.affinity != 0:
+	case e.Kind == netfilter.Recent:
+		r.affinity = affinitySeconds(ref.Chain.Text(e))
+	case e.Kind == netfilter.InSet && ref.Table.Set(e.A).Dynamic:
+		r.affinity = int(ref.Table.Set(e.A).Timeout.Seconds())
 	}
+}
+
+// asksSource reports whether a match asks for particular source addresses.
+func asksSource(t *netfilter.Table, e netfilter.Expr) bool {
+	return e.Kind == netfilter.Source || e.Kind == netfilter.InSet && netfilter.Field(e.N) == netfilter.FieldSource && !t.Set(e.A).Dynamic
 }
 
 // sense remembers that a rule asks for a source range: a packet from the other
 // side of its border may fare differently.
-func (r *run) sense(c *netfilter.Chain, e netfilter.Expr) {
-	if p, ok := c.CIDR(e); ok && p.Bits() > 0 {
-		r.sensitive = append(r.sensitive, sensitivity{c, p.Masked()})
+func (r *run) sense(ref RuleRef, e netfilter.Expr) {
+	if e.Kind == netfilter.InSet {
+		set := ref.Table.Set(e.A)
+		for _, k := range set.Keys {
+			r.sensitive = append(r.sensitive, sensitivity{ref.Chain, netip.PrefixFrom(k.Addr, k.Addr.BitLen())})
+		}
+		for _, span := range set.Ranges {
+			for _, p := range span.Prefixes() {
+				r.sensitive = append(r.sensitive, sensitivity{ref.Chain, p})
+			}
+		}
+		return
+	}
+	if p, ok := ref.Chain.CIDR(e); ok && p.Bits() > 0 {
+		r.sensitive = append(r.sensitive, sensitivity{ref.Chain, p.Masked()})
 	}
 }
 

@@ -278,11 +278,11 @@ func TestIncompatibleTable(t *testing.T) {
 	if len(rs.Tables) != 1 || len(rs.Unreadable) != 1 || rs.Unreadable[0].Family != netfilter.IPv6 {
 		t.Errorf("%d tables, unreadable %+v", len(rs.Tables), rs.Unreadable)
 	}
-	merged, err := Merge(rs, mustParse(t, within("-A F -j ACCEPT")))
+	merged, err := netfilter.Merge(rs, mustParse(t, within("-A F -j ACCEPT")))
 	if err != nil || len(merged.Unreadable) != 1 || len(merged.Tables) != 2 {
 		t.Errorf("merged: %v, %d tables, %d unreadable", err, len(merged.Tables), len(merged.Unreadable))
 	}
-	if _, err := Merge(rs, rs); err == nil || !strings.Contains(err.Error(), `"filter"`) {
+	if _, err := netfilter.Merge(rs, rs); err == nil || !strings.Contains(err.Error(), `"filter"`) {
 		t.Errorf("the same table twice: %v", err)
 	}
 }

@@ -110,7 +110,7 @@ func (x *Exec) Read(ctx context.Context) (*netfilter.Ruleset, error) {
 		}
 		sets = append(sets, rs)
 	}
-	rs, err := Merge(sets...)
+	rs, err := netfilter.Merge(sets...)
 	if err != nil {
 		return nil, err
 	}

@@ -197,36 +197,13 @@ func (p *parser) openListing(first []byte) error {
 func (p *parser) addTable(name string, section []byte) error {
 	t := netfilter.NewTable(p.familyOr(sniffFamily(section)), name, p.backend)
 	for _, other := range p.rules.Tables {
-		if same(other, t) {
+		if other.Same(t) {
 			return p.errorf("table %q of %v stands here a second time", name, t.Family)
 		}
 	}
 	p.rules.Tables = append(p.rules.Tables, t)
 	p.table, p.opened, p.chain, p.announced = t, p.line, nil, 0
 	return nil
-}
-
-func same(a, b *netfilter.Table) bool {
-	return a.Family == b.Family && a.Name == b.Name && a.Backend == b.Backend
-}
-
-// Merge puts several rulesets together, such as those of several dumps of one
-// node.
-func Merge(sets ...*netfilter.Ruleset) (*netfilter.Ruleset, error) {
-	out := &netfilter.Ruleset{}
-	for _, s := range sets {
-		for _, t := range s.Tables {
-			for _, other := range out.Tables {
-				if same(other, t) {
-					return nil, fmt.Errorf("table %q of %v is in two of the dumps", t.Name, t.Family)
-				}
-			}
-			out.Tables = append(out.Tables, t)
-		}
-		out.Unreadable = append(out.Unreadable, s.Unreadable...)
-		out.Torn = out.Torn || s.Torn
-	}
-	return out, nil
 }
 
 // declare reads ":CHAIN POLICY [packets:bytes]".

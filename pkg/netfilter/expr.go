@@ -53,6 +53,9 @@ const (
 	// Recent is a look into, or an entry in, a list of recent source addresses
 	// (text); N holds Recent bits. Not inverts what the match says.
 	Recent
+	// InSet holds when the fields N of the packet are in the set with the number
+	// A; see [Table.Set].
+	InSet
 	// Comment is a note (text). It always holds.
 	Comment
 	// Always is a match that holds for every packet asked about here: nfacct,
@@ -106,6 +109,12 @@ const (
 	// SNAT and Masquerade rewrite the source (text: options).
 	SNAT
 	Masquerade
+	// VerdictMap does what the map with the number A says for the fields N of the
+	// packet; without an element, the rule does not match.
+	VerdictMap
+	// Choose draws a number from 0 to B-1 and does what stands for it; see
+	// [Chain.Choices]. For a number without a choice, the rule does not match.
+	Choose
 	// UnknownTarget is a target that this program does not know (text: target
 	// and options): it may end the walk or not.
 	UnknownTarget

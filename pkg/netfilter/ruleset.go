@@ -39,6 +39,25 @@ type Unreadable struct {
 	Reason string // for people: what happened, where, and what to do
 }
 
+// Merge puts several rulesets together, such as those of several dumps of one
+// node. The same table twice is an error: which one counts cannot be told.
+func Merge(sets ...*Ruleset) (*Ruleset, error) {
+	out := &Ruleset{}
+	for _, s := range sets {
+		for _, t := range s.Tables {
+			for _, other := range out.Tables {
+				if other.Same(t) {
+					return nil, fmt.Errorf("table %q of %v is in two of the dumps", t.Name, t.Family)
+				}
+			}
+			out.Tables = append(out.Tables, t)
+		}
+		out.Unreadable = append(out.Unreadable, s.Unreadable...)
+		out.Torn = out.Torn || s.Torn
+	}
+	return out, nil
+}
+
 // Table returns the first table of that family and name, or nil.
 func (rs *Ruleset) Table(f Family, name string) *Table {
 	for _, t := range rs.Tables {
@@ -96,11 +115,18 @@ type Table struct {
 	names  []string
 	chains []*Chain  // by id; nil when only jumps name it
 	order  []ChainID // as the chains were declared
+	sets   []*Set
 }
 
 // NewTable returns an empty table.
 func NewTable(f Family, name string, b Backend) *Table {
 	return &Table{Family: f, Name: name, Backend: b, ids: make(map[string]ChainID)}
+}
+
+// Same reports whether another table is this one: of the same family, name and
+// backend.
+func (t *Table) Same(o *Table) bool {
+	return t.Family == o.Family && t.Name == o.Name && t.Backend == o.Backend
 }
 
 // ID returns the number of a chain's name, giving it one if need be.
@@ -148,6 +174,18 @@ func (t *Table) Chains() []*Chain {
 	}
 	return out
 }
+
+// AddSet adds a set or map, and returns its number.
+func (t *Table) AddSet(s *Set) uint32 {
+	t.sets = append(t.sets, s)
+	return uint32(len(t.sets) - 1)
+}
+
+// Set returns the set or map with a number.
+func (t *Table) Set(n uint32) *Set { return t.sets[n] }
+
+// Sets returns all sets and maps, by number.
+func (t *Table) Sets() []*Set { return t.sets }
 
 // NameCount returns how many chain names have a number: a slice of this length
 // can be indexed by any [ChainID] of the table.
@@ -234,6 +272,8 @@ type Chain struct {
 	wide   []address // pool of IPv6 addresses and masks
 	counts []Counter // one per rule, or nil when the source has none
 	open   uint32    // start of the rule that Add is building
+	// choices are those of the chain's Choose expressions.
+	choices [][]Choice
 }
 
 type address struct{ addr, mask netip.Addr }
@@ -341,6 +381,14 @@ func (c *Chain) Mark() int { return len(c.exprs) }
 // Undo takes back the expressions added since the mark.
 func (c *Chain) Undo(mark int) { c.exprs = c.exprs[:mark] }
 
+// Prepend puts an expression with a text before those added since the mark.
+func (c *Chain) Prepend(mark int, k Kind, text []byte) {
+	c.AddText(k, 0, 0, text)
+	last := c.exprs[len(c.exprs)-1]
+	copy(c.exprs[mark+1:], c.exprs[mark:len(c.exprs)-1])
+	c.exprs[mark] = last
+}
+
 // AddText appends an expression that carries a text.
 func (c *Chain) AddText(k Kind, flags uint8, n uint16, text []byte) {
 	// Rules of one chain mostly repeat their comment: store it once.
@@ -388,6 +436,27 @@ func (c *Chain) AddDNAT(to netip.AddrPort) error {
 	}
 	c.Add(e)
 	return nil
+}
+
+// AddChoose appends a [Choose] among the numbers from 0 to mod-1.
+func (c *Chain) AddChoose(mod uint32, choices []Choice) {
+	c.choices = append(c.choices, choices)
+	c.Add(Expr{Kind: Choose, A: uint32(len(c.choices) - 1), B: mod})
+}
+
+// Choices returns the ways of a Choose.
+func (c *Chain) Choices(e Expr) []Choice { return c.choices[e.A] }
+
+// DNATTo returns the expression of a DNAT for a [Choice]; AddDNAT does it for a
+// rule.
+func (c *Chain) DNATTo(to netip.AddrPort) (Expr, error) {
+	mark := c.Mark()
+	if err := c.AddDNAT(to); err != nil {
+		return Expr{}, err
+	}
+	e := c.exprs[mark]
+	c.Undo(mark)
+	return e, nil
 }
 
 // End closes the rule under construction; counter is nil when the source has

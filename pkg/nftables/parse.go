@@ -1,0 +1,404 @@
+package nftables
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// Parse reads the JSON that "nft -j list ruleset", or "nft -j list table",
+// prints. The name is used in errors only.
+func Parse(r io.Reader, name string) (*netfilter.Ruleset, error) {
+	data, err := io.ReadAll(r)
+	if err != nil {
+		return nil, fmt.Errorf("reading %s: %w", name, err)
+	}
+	var doc struct {
+		Objects []map[string]json.RawMessage `json:"nftables"`
+	}
+	if err := json.Unmarshal(data, &doc); err != nil {
+		return nil, fmt.Errorf("%s: not the JSON of nft -j list ruleset, or only a part of it: %w", name, err)
+	}
+	if doc.Objects == nil {
+		return nil, fmt.Errorf("%s: JSON without \"nftables\": expected the output of nft -j list ruleset", name)
+	}
+	p := &parser{rules: &netfilter.Ruleset{}, tables: map[tableName]*table{}}
+	// Rules name chains and sets that may be listed behind them.
+	for _, kinds := range [][]string{{"table"}, {"set", "map"}, {"chain"}, {"element"}, {"rule"}} {
+		for i, o := range doc.Objects {
+			for kind, raw := range o {
+				if !slices.Contains(kinds, kind) {
+					continue
+				}
+				if err := p.object(kind, raw); err != nil {
+					return nil, fmt.Errorf("%s: object %d, a %s: %w", name, i+1, kind, err)
+				}
+			}
+		}
+	}
+	for _, t := range p.order {
+		p.finish(t)
+	}
+	if len(p.rules.Tables) == 0 {
+		return nil, fmt.Errorf("%s: holds no table of family ip or ip6 that nft can print in full", name)
+	}
+	return p.rules, nil
+}
+
+type tableName struct{ family, name string }
+
+// table is a table while it is being read.
+type table struct {
+	*netfilter.Table
+	sets  map[string]uint32
+	types [][]string // of each named set's keys
+	// foreign says that iptables-nft wrote it.
+	foreign bool
+}
+
+type parser struct {
+	rules  *netfilter.Ruleset
+	tables map[tableName]*table
+	order  []*table
+}
+
+// finish takes a table into the ruleset.
+func (p *parser) finish(t *table) {
+	if t.foreign {
+		return
+	}
+	t.Compact()
+	p.rules.Tables = append(p.rules.Tables, t.Table)
+}
+
+func (p *parser) object(kind string, raw json.RawMessage) error {
+	switch kind {
+	case "table":
+		return p.table(raw)
+	case "set", "map":
+		return p.set(raw)
+	case "chain":
+		return p.chain(raw)
+	case "element":
+		return p.element(raw)
+	}
+	return p.rule(raw)
+}
+
+var families = map[string]netfilter.Family{"ip": netfilter.IPv4, "ip6": netfilter.IPv6}
+
+func (p *parser) table(raw json.RawMessage) error {
+	var o struct{ Family, Name string }
+	if err := json.Unmarshal(raw, &o); err != nil {
+		return err
+	}
+	f, ok := families[o.Family]
+	if !ok {
+		return nil // inet, bridge, netdev: kube-proxy writes none
+	}
+	k := tableName{o.Family, o.Name}
+	if p.tables[k] != nil {
+		return fmt.Errorf("table %s %s stands here a second time", o.Family, o.Name)
+	}
+	t := &table{Table: netfilter.NewTable(f, o.Name, netfilter.BackendNFTables), sets: map[string]uint32{}}
+	p.tables[k] = t
+	p.order = append(p.order, t)
+	return nil
+}
+
+// find returns the table that an object belongs to, nil for one of a family
+// that is left out.
+func (p *parser) find(family, name string) (*table, error) {
+	if _, ok := families[family]; !ok {
+		return nil, nil
+	}
+	t := p.tables[tableName{family, name}]
+	if t == nil {
+		return nil, fmt.Errorf("table %s %s is not listed", family, name)
+	}
+	return t, nil
+}
+
+// set reads a set or map with its elements.
+func (p *parser) set(raw json.RawMessage) error {
+	var o struct {
+		Family, Table, Name string
+		Type                json.RawMessage
+		Map                 json.RawMessage
+		Flags               json.RawMessage
+		Timeout             int
+		Elem                []json.RawMessage
+	}
+	if err := json.Unmarshal(raw, &o); err != nil {
+		return err
+	}
+	t, err := p.find(o.Family, o.Table)
+	if t == nil || err != nil {
+		return err
+	}
+	s := &netfilter.Set{Name: o.Name, Map: o.Map != nil, Timeout: time.Duration(o.Timeout) * time.Second}
+	// nft 1.0.6 does not print the flag "dynamic"; only such sets have a timeout.
+	s.Dynamic = bytes.Contains(o.Flags, []byte("dynamic")) || bytes.Contains(o.Flags, []byte("timeout"))
+	t.sets[o.Name] = t.AddSet(s)
+	t.types = append(t.types, typeNames(o.Type))
+	if s.Dynamic {
+		return nil
+	}
+	return p.elements(t, s, typeNames(o.Type), o.Elem)
+}
+
+// element reads elements that are listed apart from their set.
+func (p *parser) element(raw json.RawMessage) error {
+	var o struct {
+		Family, Table, Name string
+		Elem                []json.RawMessage
+	}
+	if err := json.Unmarshal(raw, &o); err != nil {
+		return err
+	}
+	t, err := p.find(o.Family, o.Table)
+	if t == nil || err != nil {
+		return err
+	}
+	n, ok := t.sets[o.Name]
+	if !ok {
+		return fmt.Errorf("set %q is not listed", o.Name)
+	}
+	if s := t.Set(n); !s.Dynamic {
+		return p.elements(t, s, t.types[n], o.Elem)
+	}
+	return nil
+}
+
+func typeNames(raw json.RawMessage) []string {
+	var one string
+	if json.Unmarshal(raw, &one) == nil {
+		return []string{one}
+	}
+	var list []string
+	if json.Unmarshal(raw, &list) == nil {
+		return list
+	}
+	return nil
+}
+
+// keyTypes are the element types of which the fields of a key follow.
+var keyTypes = map[string]bool{"ipv4_addr": true, "ipv6_addr": true, "inet_proto": true, "inet_service": true}
+
+// elements puts elements into a set. Those of a type that no rule of
+// kube-proxy asks for are left out.
+func (p *parser) elements(t *table, s *netfilter.Set, types []string, list []json.RawMessage) error {
+	for _, name := range types {
+		if !keyTypes[name] {
+			s.Dynamic = true // undecidable, but not a part of any Service's rules
+			return nil
+		}
+	}
+	for _, raw := range list {
+		key, verdict, comment, err := splitElement(raw)
+		if err != nil {
+			return fmt.Errorf("set %q: element %s: %w", s.Name, excerpt(raw), err)
+		}
+		var e netfilter.SetElement
+		e.Comment = comment
+		if s.Map {
+			if e.Verdict, err = verdictOf(t, verdict); err != nil {
+				return fmt.Errorf("map %q: element %s: %w", s.Name, excerpt(raw), err)
+			}
+		}
+		if err := addKey(s, types, key, e); err != nil {
+			return fmt.Errorf("set %q: element %s: %w", s.Name, excerpt(raw), err)
+		}
+	}
+	return nil
+}
+
+// splitElement takes an element apart: a key, or [key, verdict], where the key
+// may have a comment: {"elem": {"val": key, "comment": "…"}}.
+func splitElement(raw json.RawMessage) (key, verdict json.RawMessage, comment string, err error) {
+	key = raw
+	var pair []json.RawMessage
+	if json.Unmarshal(raw, &pair) == nil {
+		if len(pair) != 2 {
+			return nil, nil, "", errors.New("expected a key and a verdict")
+		}
+		key, verdict = pair[0], pair[1]
+	}
+	var o struct {
+		Elem *struct {
+			Val     json.RawMessage
+			Comment string
+		}
+	}
+	if json.Unmarshal(key, &o) == nil && o.Elem != nil {
+		return o.Elem.Val, verdict, o.Elem.Comment, nil
+	}
+	return key, verdict, "", nil
+}
+
+// addKey adds one key: a value, a concatenation, a prefix or a range. The types
+// are those of its parts, as far as they are known.
+func addKey(s *netfilter.Set, types []string, raw json.RawMessage, e netfilter.SetElement) error {
+	var o struct {
+		Concat []json.RawMessage
+		Prefix *struct {
+			Addr string
+			Len  int
+		}
+		Range []string
+	}
+	if raw[0] == '{' {
+		if err := json.Unmarshal(raw, &o); err != nil {
+			return err
+		}
+	}
+	switch {
+	case o.Prefix != nil:
+		a, err := netip.ParseAddr(o.Prefix.Addr)
+		if err != nil {
+			return err
+		}
+		p, err := a.Prefix(o.Prefix.Len)
+		if err != nil {
+			return err
+		}
+		s.Ranges = append(s.Ranges, netfilter.SpanOf(p))
+		return nil
+	case len(o.Range) == 2:
+		from, err1 := netip.ParseAddr(o.Range[0])
+		to, err2 := netip.ParseAddr(o.Range[1])
+		if err := errors.Join(err1, err2); err != nil {
+			return err
+		}
+		s.Ranges = append(s.Ranges, netfilter.AddrSpan{From: from, To: to})
+		return nil
+	case o.Concat == nil:
+		o.Concat = []json.RawMessage{raw}
+	}
+	var k netfilter.SetKey
+	for i, part := range o.Concat {
+		isProtocol := i < len(types) && types[i] == "inet_proto"
+		if err := addField(&k, isProtocol, part); err != nil {
+			return err
+		}
+	}
+	s.Add(k, e)
+	return nil
+}
+
+// addField adds one value to a key. A protocol stands there by name or, from
+// an nft that was asked for numbers, as a number.
+func addField(k *netfilter.SetKey, isProtocol bool, raw json.RawMessage) error {
+	var n uint16
+	if json.Unmarshal(raw, &n) == nil {
+		if isProtocol {
+			k.Protocol = netfilter.Protocol(n)
+		} else {
+			k.Port = n
+		}
+		return nil
+	}
+	var text string
+	if err := json.Unmarshal(raw, &text); err != nil {
+		return fmt.Errorf("%s is neither a number nor a text", excerpt(raw))
+	}
+	if a, err := netip.ParseAddr(text); err == nil {
+		if k.Addr.IsValid() {
+			k.Addr2 = a
+		} else {
+			k.Addr = a
+		}
+		return nil
+	}
+	if proto, err := netfilter.ParseProtocol(text); err == nil {
+		k.Protocol = proto
+		return nil
+	}
+	if port, err := strconv.ParseUint(text, 10, 16); err == nil {
+		k.Port = uint16(port)
+		return nil
+	}
+	return fmt.Errorf("%q is no address, protocol or port", text)
+}
+
+var hooks = map[string]netfilter.Hook{
+	"prerouting": netfilter.Prerouting, "input": netfilter.Input, "forward": netfilter.Forward,
+	"output": netfilter.Output, "postrouting": netfilter.Postrouting,
+}
+
+func (p *parser) chain(raw json.RawMessage) error {
+	var o struct {
+		Family, Table, Name, Type, Hook, Policy string
+		Prio                                    int
+	}
+	if err := json.Unmarshal(raw, &o); err != nil {
+		return err
+	}
+	t, err := p.find(o.Family, o.Table)
+	if t == nil || err != nil {
+		return err
+	}
+	c := t.Declare(o.Name)
+	if o.Hook == "" {
+		return nil
+	}
+	h, ok := hooks[o.Hook]
+	if !ok {
+		return nil // ingress and egress come before any nat
+	}
+	c.Base = &netfilter.Base{Hook: h, Priority: o.Prio, Policy: netfilter.Accept}
+	if o.Type == "nat" {
+		c.Base.Type = netfilter.TypeNAT
+	}
+	if o.Policy == "drop" {
+		c.Base.Policy = netfilter.Drop
+	}
+	return nil
+}
+
+func (p *parser) rule(raw json.RawMessage) error {
+	var o struct {
+		Family, Table, Chain, Comment string
+		Expr                          []json.RawMessage
+	}
+	if err := json.Unmarshal(raw, &o); err != nil {
+		return err
+	}
+	t, err := p.find(o.Family, o.Table)
+	if t == nil || err != nil {
+		return err
+	}
+	c := t.Lookup(o.Chain)
+	if c == nil {
+		return fmt.Errorf("chain %q of table %s %s is not listed", o.Chain, o.Family, o.Table)
+	}
+	start := c.Mark()
+	b := &ruleBuilder{table: t, chain: c}
+	for _, e := range o.Expr {
+		if err := b.expression(e); err != nil {
+			c.Undo(start)
+			return fmt.Errorf("chain %q: %s: %w", o.Chain, excerpt(e), err)
+		}
+	}
+	if o.Comment != "" {
+		b.comment(start, o.Comment)
+	}
+	c.End(b.counter)
+	return nil
+}
+
+func excerpt(raw []byte) string {
+	const most = 160
+	if len(raw) > most {
+		return string(raw[:most]) + "…"
+	}
+	return string(raw)
+}
