@@ -188,6 +188,15 @@ type ErrorDetail struct {
 // ErrNotFound is returned for what the snapshot does not have.
 var ErrNotFound = errors.New("not found")
 
+// notFound is an ErrNotFound with a text of its own.
+type notFound string
+
+// Error implements error.
+func (e notFound) Error() string { return string(e) }
+
+// Is makes it an ErrNotFound.
+func (e notFound) Is(target error) bool { return target == ErrNotFound }
+
 // HeaderOf describes a snapshot.
 func HeaderOf(s *snapshot.Snapshot) Header {
 	return Header{Node: s.Node, Time: s.Time.UTC(), Backend: s.Backend, Stale: s.Stale, Error: s.Error, Torn: s.Rules.Torn}
@@ -204,8 +213,8 @@ func ParseFilter(s string) (Filter, error) {
 		return Filter{}, nil
 	}
 	ns, rest, ok := strings.Cut(s, "/")
-	name, port, _ := strings.Cut(rest, ":")
-	if !ok || ns == "" || name == "" {
+	name, port, hasPort := strings.Cut(rest, ":")
+	if !ok || ns == "" || name == "" || hasPort && port == "" {
 		return Filter{}, fmt.Errorf("%q is not NAMESPACE/NAME[:PORT]", s)
 	}
 	return Filter{ns, name, port}, nil
@@ -362,7 +371,7 @@ func TraceOf(s *snapshot.Snapshot, q Query) (Trace, error) {
 	}
 	t, ok := s.View.Trace(packet)
 	if !ok {
-		return Trace{}, fmt.Errorf("%w: these rules have no table of %v", ErrNotFound, netfilter.FamilyOf(q.To.Addr()))
+		return Trace{}, notFound(fmt.Sprintf("these rules have no table of %v", netfilter.FamilyOf(q.To.Addr())))
 	}
 	doc := Trace{
 		Snapshot: HeaderOf(s),
@@ -391,7 +400,7 @@ func packetOf(v *chain.View, q Query) (netfilter.Packet, error) {
 	if slices.Contains(chain.Classes, class) {
 		p, ok := v.Packet(class, q.To, q.Protocol)
 		if !ok {
-			return p, fmt.Errorf("%w: these rules have no table of %v", ErrNotFound, netfilter.FamilyOf(q.To.Addr()))
+			return p, notFound(fmt.Sprintf("these rules have no table of %v", netfilter.FamilyOf(q.To.Addr())))
 		}
 		return p, nil
 	}
@@ -464,7 +473,7 @@ func ChainOf(s *snapshot.Snapshot, table, name string) (Chain, error) {
 		doc.Chains = append(doc.Chains, dump)
 	}
 	if doc.Chains == nil {
-		return doc, fmt.Errorf("%w: no chain %q in a table %q", ErrNotFound, name, table)
+		return doc, notFound(fmt.Sprintf("no chain %q in a table %q", name, table))
 	}
 	return doc, nil
 }

@@ -72,7 +72,7 @@ func (k *Keeper) Refresh(ctx context.Context) error {
 	last := k.current.Load()
 	if err != nil {
 		k.failed.Add(1)
-		k.Log.Error("reading the rules failed; the last good view stays", "error", err)
+		k.Log.Error("reading the rules failed", "error", err, "kept", last != nil)
 		if last != nil {
 			old := *last
 			old.Stale, old.Error, old.Checked = true, err.Error(), start

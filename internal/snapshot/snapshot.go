@@ -68,9 +68,9 @@ func backendOf(rs *netfilter.Ruleset) string {
 // FindingKey identifies a finding across snapshots.
 func FindingKey(f *chain.Finding) string {
 	if f.Service == nil {
-		return string(f.Code) + " " + f.Message
+		return fmt.Sprintf("%s %s", f.Code, f.About)
 	}
-	return fmt.Sprintf("%s %s %s %s", f.Code, f.Service, f.Service.Protocol, f.Message)
+	return fmt.Sprintf("%s %s %s %s", f.Code, f.Service, f.Service.Protocol, f.About)
 }
 
 func (s *Snapshot) eachFinding(do func(*chain.Finding)) {
@@ -91,27 +91,12 @@ func (s *Snapshot) Findings() []chain.Finding {
 	return out
 }
 
-// sum digests what the snapshot says of the Services, without counters.
+// sum digests the rules, and what depends on more than the rules.
 func (s *Snapshot) sum() uint64 {
 	h := fnv.New64a()
-	for i := range s.Programmed.Services {
-		sv := &s.Programmed.Services[i]
-		fmt.Fprint(h, sv.ServicePort, sv.Protocol, sv.AffinitySeconds)
-		for j := range sv.Frontends {
-			f := &sv.Frontends[j]
-			fmt.Fprint(h, f.Type, f.Family, f.Address, f.Port, f.Accepted)
-			for k := range f.Routes {
-				r := &f.Routes[k]
-				fmt.Fprint(h, r.From, r.Sources, r.Verdict, r.Masquerade, r.Undelivered.Float64(), len(r.Unknown))
-				for _, e := range r.Endpoints {
-					fmt.Fprint(h, e.Address, e.Share.Float64(), e.Max.Float64(), e.Masquerade, e.Chain)
-				}
-			}
-		}
-	}
-	s.eachFinding(func(f *chain.Finding) { fmt.Fprint(h, FindingKey(f)) })
 	for _, t := range s.Rules.Tables {
-		fmt.Fprint(h, t.Family, t.Name, t.Backend, t.RuleCount())
+		fmt.Fprint(h, t.Digest(), t.Backend)
 	}
+	fmt.Fprint(h, s.View.Node(), s.Rules.Torn, s.Rules.Unreadable)
 	return h.Sum64()
 }

@@ -12,7 +12,9 @@ import (
 	"hash/crc32"
 	"io/fs"
 	"log/slog"
+	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -84,7 +86,25 @@ func NewHandler(cfg Config) http.Handler {
 		w.Header().Set("Allow", "GET, HEAD")
 		fail(w, http.StatusMethodNotAllowed, "only GET is allowed")
 	})
-	return mux
+	return sameSite(mux)
+}
+
+// sameSite refuses requests that a web page elsewhere can make a browser send
+// to the loopback listener, by giving a name of its own to 127.0.0.1.
+func sameSite(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		host := r.Host
+		if name, _, err := net.SplitHostPort(host); err == nil {
+			host = name
+		}
+		host = strings.Trim(host, "[]")
+		local, _ := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+		if _, err := netip.ParseAddr(host); err != nil && host != "" && !strings.EqualFold(host, "localhost") && local != nil && local.IP.IsLoopback() {
+			fail(w, http.StatusMisdirectedRequest, fmt.Sprintf("the loopback listener answers as localhost or by its address, not as %q", host))
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // page adds the headers that keep the page from loading or sending anything

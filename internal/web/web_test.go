@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -497,6 +498,26 @@ func TestEventsLimit(t *testing.T) {
 	for deadline := time.Now().Add(10 * time.Second); open().StatusCode != 200; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the place of a stream that ended stays taken")
+		}
+	}
+}
+
+// A page on the web can give a name of its own to 127.0.0.1, and then read
+// what the browser gets from there. Requests for another name are refused.
+func TestOtherNamesForLoopback(t *testing.T) {
+	for local, hosts := range map[string]map[string]int{
+		"127.0.0.1": {"localhost:9754": 200, "127.0.0.1:9754": 200, "[::1]:9754": 200, "LOCALHOST": 200, "": 200, "evil.example:9754": 421},
+		"10.0.0.1":  {"node1.example:9754": 200, "10.0.0.1": 200},
+	} {
+		for host, want := range hosts {
+			r := httptest.NewRequest(http.MethodGet, "/livez", nil)
+			r.Host = host
+			r = r.WithContext(context.WithValue(r.Context(), http.LocalAddrContextKey, &net.TCPAddr{IP: net.ParseIP(local), Port: 9754}))
+			w := httptest.NewRecorder()
+			sameSite(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})).ServeHTTP(w, r)
+			if w.Code != want {
+				t.Errorf("Host %q on %s: %d, want %d", host, local, w.Code, want)
+			}
 		}
 	}
 }

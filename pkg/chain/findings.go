@@ -44,8 +44,11 @@ type Finding struct {
 	Code     Code
 	Severity Severity
 	Service  *ServicePort // nil when it is about the node
-	Message  string       // one sentence for people
-	Rules    []RuleRef
+	// About is what of the Service or the node it is about, such as a frontend
+	// or a chain. It stays the same while the finding lasts.
+	About   string
+	Message string // one sentence for people
+	Rules   []RuleRef
 }
 
 // facts are what the walks to one frontend saw, for findings.
@@ -149,7 +152,7 @@ func (v *View) find(p *Programmed, d *discovery) {
 	}
 	for _, c := range d.clashes {
 		s := at[c.first.service]
-		f := &finder{view: v, out: &s.Findings, service: &s.ServicePort}
+		f := &finder{view: v, out: &s.Findings, service: &s.ServicePort, about: frontendText(c.first.front)}
 		f.add(FrontendConflict, Warning, []RuleRef{c.first.rule, c.rule},
 			"%s is also a frontend of %s: the first rule wins, and which that is may change with every sync", frontendText(c.first.front), c.other)
 	}
@@ -161,11 +164,12 @@ type finder struct {
 	view         *View
 	out          *[]Finding
 	service      *ServicePort
+	about        string
 	missingHooks map[Class]bool // classes whose packets never enter KUBE-SERVICES
 }
 
 func (f *finder) add(code Code, s Severity, rules []RuleRef, format string, args ...any) {
-	one := Finding{Code: code, Severity: s, Service: f.service, Message: fmt.Sprintf(format, args...), Rules: rules}
+	one := Finding{Code: code, Severity: s, Service: f.service, About: f.about, Message: fmt.Sprintf(format, args...), Rules: rules}
 	for _, other := range *f.out {
 		if other.Code == one.Code && other.Message == one.Message {
 			return
@@ -199,6 +203,7 @@ func (e *entry) dispatch() []RuleRef {
 // frontend judges the routes of one frontend.
 func (f *finder) frontend(e *entry, missing map[Class]bool) {
 	name := frontendText(e.front)
+	f.about = name
 	for _, l := range e.facts.fell {
 		l.classes = slices.DeleteFunc(l.classes, func(c Class) bool { return missing[c] })
 		if len(l.classes) > 0 {
@@ -206,7 +211,7 @@ func (f *finder) frontend(e *entry, missing map[Class]bool) {
 				name, percent(l.share.Float64()), classTexts(l.classes)+inSources(l.sources), targetName(e))
 		}
 	}
-	for _, r := range e.routes {
+	for _, r := range likeRoutes(e.routes) {
 		f.shares(name, e, r)
 		if len(r.Unknown) > 0 {
 			f.add(UnknownMatch, Warning, r.Unknown, "%s: where connections from %s go depends on a rule that cannot be decided", name, classTexts(r.From)+inSources(r.Sources))
@@ -224,6 +229,23 @@ func (f *finder) frontend(e *entry, missing map[Class]bool) {
 	if len(e.facts.broken) > 0 {
 		f.add(ChainMissing, Error, e.facts.broken, "%s: a jump leads to a chain that does not exist, or into a loop: no kernel holds such rules, so the dump is damaged", name)
 	}
+}
+
+// likeRoutes puts routes together that differ in masquerading only.
+func likeRoutes(routes []Route) []Route {
+	var out []Route
+	for _, r := range routes {
+		i := slices.IndexFunc(out, func(o Route) bool {
+			return len(o.Sources) == 0 && len(r.Sources) == 0 && slices.Equal(o.Unknown, r.Unknown) &&
+				slices.EqualFunc(o.Endpoints, r.Endpoints, func(a, b Endpoint) bool { return a.Address == b.Address && a.Share.Cmp(b.Share) == 0 })
+		})
+		if i < 0 {
+			out = append(out, r)
+			continue
+		}
+		out[i].From = append(slices.Clone(out[i].From), r.From...)
+	}
+	return out
 }
 
 func targetName(e *entry) string {
@@ -292,6 +314,7 @@ func (f *finder) shares(name string, e *entry, r Route) {
 // from the ruleset.
 func (f *finder) unreadable() {
 	for _, u := range f.view.rules.Unreadable {
+		f.about = fmt.Sprintf("table %s of %v", u.Table, u.Family)
 		f.add(RulesUnreadable, Error, nil, "table %q of %v cannot be read: %s", u.Table, u.Family, u.Reason)
 	}
 	for _, fv := range f.view.family {
@@ -343,6 +366,7 @@ func (f *finder) backends() {
 			}
 		}
 		if len(holders) > 1 {
+			f.about = fv.family.String()
 			f.add(BackendConflict, Error, holders, "%s both hold Services of %v: which is asked first depends on which was loaded last, and a stale one sends connections to endpoints that are gone", strings.Join(names, " and "), fv.family)
 		}
 	}
@@ -393,6 +417,7 @@ func (f *finder) hooks() {
 				netfilter.Prerouting: "pods and from outside", netfilter.Output: "the node itself", netfilter.Forward: "pods and from outside",
 				netfilter.Input: "outside to the node", netfilter.Postrouting: "anywhere",
 			}[j.hook]
+			f.about = fmt.Sprintf("%v %s %v %s", t.Family, t.Name, j.hook, j.chain)
 			f.add(HookJumpMissing, Error, nil, "table %q of %v: no rule leads from %v to %s, so its %d rules are not asked for connections from %s",
 				t.Name, t.Family, j.hook, j.chain, c.Len(), who)
 			if j.table == "nat" && j.chain == "KUBE-SERVICES" || j.chain == "services" {

@@ -76,9 +76,9 @@ func (o *owners) finder(c *netfilter.Chain) *finder {
 		s = o.sender(c.Name)
 	}
 	if s == nil {
-		return o.node
+		return &finder{view: o.node.view, out: o.node.out, about: c.Name}
 	}
-	return &finder{view: o.node.view, out: &s.Findings, service: &s.ServicePort}
+	return &finder{view: o.node.view, out: &s.Findings, service: &s.ServicePort, about: c.Name}
 }
 
 // sender returns the Service that sends to an endpoint's chain, or nil.

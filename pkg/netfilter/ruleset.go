@@ -223,6 +223,65 @@ func (t *Table) Compact() {
 	}
 }
 
+// Digest returns a number that is the same for the same rules, whatever they
+// have counted, and almost surely another for others.
+func (t *Table) Digest() uint64 {
+	h := digest(14695981039346656037) // FNV-1a, by words
+	h.text(t.Name)
+	h.word(uint64(t.Family))
+	for _, id := range t.order {
+		c := t.chains[id]
+		h.text(c.Name)
+		if c.Base != nil {
+			h.word(uint64(c.Base.Policy)<<32 | uint64(c.Base.Hook)<<16 | uint64(uint16(c.Base.Priority)))
+		}
+		for _, at := range c.starts {
+			h.word(uint64(at))
+		}
+		for _, e := range c.exprs {
+			h.word(uint64(e.Kind)<<56 | uint64(e.Flags)<<48 | uint64(e.N)<<32 | uint64(e.A))
+			h.word(uint64(e.B))
+			if e.Kind == Jump || e.Kind == Goto {
+				h.text(t.names[e.A])
+			}
+		}
+		h.text(string(c.text))
+		for _, w := range c.wide {
+			h.text(w.addr.String() + "/" + w.mask.String())
+		}
+		for _, list := range c.choices {
+			for _, choice := range list {
+				h.word(uint64(choice.Count)<<32 | uint64(choice.Verdict.A))
+				h.word(uint64(choice.Verdict.Kind)<<32 | uint64(choice.Verdict.N))
+			}
+		}
+	}
+	for _, s := range t.sets {
+		h.text(s.Name)
+		for _, k := range s.Keys {
+			h.text(fmt.Sprint(k, s.elements[k]))
+		}
+		h.text(fmt.Sprint(s.Ranges))
+	}
+	return uint64(h)
+}
+
+type digest uint64
+
+func (h *digest) word(w uint64) {
+	const prime = 1099511628211
+	*h = (*h ^ digest(w&0xffffffff)) * prime
+	*h = (*h ^ digest(w>>32)) * prime
+}
+
+func (h *digest) text(s string) {
+	const prime = 1099511628211
+	for i := range len(s) {
+		*h = (*h ^ digest(s[i])) * prime
+	}
+	h.word(uint64(len(s)))
+}
+
 // move appends list to block, and returns the copy and the longer block. An
 // empty list stays what it was: nil counters mean that there are none.
 func move[T any](block, list []T) (moved, longer []T) {
