@@ -36,7 +36,8 @@ func newDemo() *cobra.Command {
 write for a handful of Services, echo servers on the pod addresses, steady light
 traffic, and the agent that reads it all. Nothing of the host changes, and all of
 it ends with the program. It needs root, or a kernel that lets users make
-namespaces, and the iptables programs; with --recorded it needs neither.`,
+namespaces, and the iptables programs. Where that is missing it says so, and shows
+its rules as once recorded.`,
 		Args: exactly(0, 0, "no argument"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
@@ -59,8 +60,7 @@ func runDemo(ctx context.Context, opts demoOptions, stdout, stderr io.Writer) er
 	if err != nil {
 		return err
 	}
-	inherited := ln != nil
-	if !inherited {
+	if ln == nil {
 		if ln, err = net.Listen("tcp", opts.listen); err != nil {
 			return fmt.Errorf("%w: choose another address with --listen", err)
 		}
@@ -70,37 +70,51 @@ func runDemo(ctx context.Context, opts demoOptions, stdout, stderr io.Writer) er
 	if opts.recorded {
 		return demoRecorded(ctx, ln, stdout, log)
 	}
-	if os.Geteuid() != 0 {
-		err := demo.RunAsOwnRoot(ctx, ln, stdout, stderr)
-		var exit interface{ ExitCode() int }
-		switch {
-		case errors.As(err, &exit) && ctx.Err() == nil:
-			return errors.New("the demo could not run as root of a namespace of its own: see above, and try sudo, or --recorded, which shows the same rules from a dump")
-		case ctx.Err() != nil:
-			return nil
-		case err != nil:
-			return fmt.Errorf("a user namespace cannot be made (%w): run the demo as root, or with --recorded, which shows the same rules from a dump", err)
-		}
-		return nil
+	if os.Geteuid() == 0 {
+		err = demoLive(ctx, ln, stdout, log)
+	} else {
+		err = demo.RunAsOwnRoot(ctx, ln, stdout, stderr)
 	}
-	return demoLive(ctx, ln, stdout, log)
+	var cannot cannotRun
+	switch {
+	case ctx.Err() != nil:
+		return nil
+	case errors.As(err, &cannot):
+	case err != nil && os.Geteuid() != 0:
+		var exit interface{ ExitCode() int }
+		if errors.As(err, &exit) {
+			return errors.New("the demo ended: see above")
+		}
+		cannot = cannotRun{fmt.Errorf("a user namespace cannot be made (%w): run it as root", err)}
+	default:
+		return err
+	}
+	// Something to look at is better than nothing.
+	fmt.Fprintf(stderr, "agent: the demo cannot run in this kernel: %v; here are its rules as once recorded, as with --recorded\n", cannot.error)
+	return demoRecorded(ctx, ln, stdout, log)
 }
+
+// cannotRun is a reason why the demo cannot run on this machine.
+type cannotRun struct{ error }
+
+// Unwrap returns the reason.
+func (c cannotRun) Unwrap() error { return c.error }
 
 // demoLive runs the node in a box until the context ends.
 func demoLive(ctx context.Context, ln net.Listener, stdout io.Writer, log *slog.Logger) error {
 	reader, err := iptables.NewExec()
 	if err != nil {
-		return demoNeeds(err)
+		return cannotRun{err}
 	}
 	// The pods end after the agent, so they have a context of their own.
 	d, err := demo.Start(context.WithoutCancel(ctx))
 	if err != nil {
-		return demoNeeds(err)
+		return cannotRun{err}
 	}
 	defer d.Close()
 	keeper := &snapshot.Keeper{Reader: d.Reader(reader), Node: d.Node, Name: "demo", Interval: 2 * time.Second, Log: log}
 	if err := keeper.Refresh(ctx); err != nil {
-		return demoNeeds(err)
+		return cannotRun{err}
 	}
 	fmt.Fprintf(stdout, "A node in a box: real rules in this machine's kernel (iptables-%s), pods that answer, and %s\n", d.Backend, "steady light traffic.")
 	if err := demoIntro(stdout, ln, keeper.Snapshot()); err != nil {
@@ -112,11 +126,6 @@ func demoLive(ctx context.Context, ln net.Listener, stdout io.Writer, log *slog.
 	}
 	fmt.Fprintln(stdout, "\nWhat the traffic did:")
 	return d.Summary(stdout)
-}
-
-// demoNeeds says what to do when the demo cannot run here.
-func demoNeeds(err error) error {
-	return fmt.Errorf("the demo cannot run here: %w: use --recorded to see the same rules from a dump", err)
 }
 
 // demoRecorded serves the demo's rules as a dump.

@@ -10,7 +10,7 @@ import (
 	"github.com/natlens/natlens/pkg/netfilter"
 )
 
-// recording is what iptables-save -c printed in the box, after a minute of its
+// recording is what iptables-save -c printed in the box, after some of its
 // traffic.
 //
 //go:embed recorded.save

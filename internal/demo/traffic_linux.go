@@ -70,12 +70,12 @@ func (d *Demo) Traffic(ctx context.Context) {
 
 // connect makes one connection and notes which pod answered.
 func (d *Demo) connect(ctx context.Context, t target) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	who, err := ask(ctx, d.namespace(t.from), t.to)
+	who, err := ask(limited, d.namespace(t.from), t.to)
 	switch {
 	case err == nil:
-	case errors.Is(err, context.Canceled):
+	case ctx.Err() != nil: // the traffic ended before the connection did
 		return
 	case errors.Is(err, syscall.ECONNREFUSED):
 		who = "(refused)"

@@ -38,7 +38,12 @@ func RunAsOwnRoot(ctx context.Context, ln net.Listener, stdout, stderr io.Writer
 	if err != nil {
 		return err
 	}
-	defer file.Close()
+	defer func() {
+		// Passing the socket on made it blocking, for this process too, and the
+		// caller may want to serve on it after all.
+		_ = syscall.SetNonblock(int(file.Fd()), true)
+		file.Close()
+	}()
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", os.Args[1:]...)
 	cmd.Env = append(os.Environ(), listenerEnv+"=3")
 	cmd.ExtraFiles = []*os.File{file}

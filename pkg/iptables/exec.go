@@ -32,7 +32,6 @@ type Program struct {
 // for one, nor run where the kernel has none.
 type Exec struct {
 	programs []Program
-	missing  []string
 	seed     maphash.Seed
 	last     map[Program]uint64 // what the last read returned, without counters
 }
@@ -47,6 +46,7 @@ const maxReads = 4
 // NewExec looks for the programs of both backends and families. It fails when
 // there is none at all.
 func NewExec() (*Exec, error) {
+	var missing []string
 	x := &Exec{seed: maphash.MakeSeed(), last: map[Program]uint64{}}
 	for _, f := range []struct {
 		family   netfilter.Family
@@ -56,8 +56,10 @@ func NewExec() (*Exec, error) {
 		found := false
 		for _, b := range []netfilter.Backend{netfilter.BackendNFT, netfilter.BackendLegacy} {
 			name := f.name + strings.TrimPrefix(string(b), "iptables")
-			if p, err := lookFor(name, f.protocol); err != nil {
-				x.missing = append(x.missing, err.Error())
+			if p, err := lookFor(name, f.protocol); errors.Is(err, exec.ErrNotFound) {
+				missing = append(missing, name)
+			} else if err != nil {
+				missing = append(missing, err.Error())
 			} else {
 				p.Family, p.Backend = f.family, b
 				x.programs = append(x.programs, p)
@@ -74,7 +76,7 @@ func NewExec() (*Exec, error) {
 		}
 	}
 	if len(x.programs) == 0 {
-		return nil, fmt.Errorf("no iptables program found (%s): install the package iptables, or read a dump with -f", strings.Join(x.missing, "; "))
+		return nil, fmt.Errorf("no iptables program found (%s): install the package iptables, or read a dump with -f", strings.Join(missing, ", "))
 	}
 	return x, nil
 }
@@ -192,6 +194,8 @@ func runSave(ctx context.Context, p Program) ([]byte, error) {
 	switch {
 	case err == nil:
 		return out.Bytes(), nil
+	case ctx.Err() != nil: // the error would be that the program was killed, not why
+		return nil, fmt.Errorf("%s: stopped before it ended: %w", p.Path, ctx.Err())
 	case strings.Contains(said, "ermission denied") || strings.Contains(said, "Operation not permitted"):
 		return nil, fmt.Errorf("%s: permission denied: reading the kernel's rules needs root with the capability NET_ADMIN (for the legacy backend also NET_RAW)", p.Path)
 	case said != "":
