@@ -568,7 +568,8 @@ func TestTraps(t *testing.T) {
 		},
 		{
 			"REDIRECT ahead of KUBE-SERVICES", []string{"*nat\n-A PREROUTING -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 15006", usual()},
-			want("a ClusterIP pod,external: dnat "+nodeIP+":15006=1", "a ClusterIP node: dnat masq 1=0.5 2=0.5", "! a ForeignRule"),
+			// To the address of the interface that it came in on: a pod's is not known.
+			want("a ClusterIP pod: dnat ?=1", "a ClusterIP node: dnat masq 1=0.5 2=0.5", "a ClusterIP external: dnat "+nodeIP+":15006=1", "! a ForeignRule"),
 		},
 		{
 			"marks and logs ahead of KUBE-SERVICES", []string{`*nat

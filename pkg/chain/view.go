@@ -4,6 +4,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -148,6 +149,18 @@ func (v *View) Class(p netfilter.Packet) Class {
 // masquerade rules: what is not masqueraded on its way to a ClusterIP is a
 // pod's (pkg/proxy/util/localdetector.go).
 func detectPods(rs *netfilter.Ruleset) (cidrs []netip.Prefix, interfaces []string) {
+	add := func(c *netfilter.Chain, e netfilter.Expr) {
+		switch e.Kind {
+		case netfilter.Source:
+			if p, ok := c.CIDR(e); ok && p.Bits() > 0 && !p.IsSingleIP() && !slices.Contains(cidrs, p) {
+				cidrs = append(cidrs, p)
+			}
+		case netfilter.InInterface:
+			if name := string(c.Text(e)); !slices.Contains(interfaces, name) {
+				interfaces = append(interfaces, name)
+			}
+		}
+	}
 	for _, t := range rs.Tables {
 		if t.Name != "nat" && !isNFTables(t) {
 			continue
@@ -155,22 +168,15 @@ func detectPods(rs *netfilter.Ruleset) (cidrs []netip.Prefix, interfaces []strin
 		for _, c := range t.Chains() {
 			for i := range c.Len() {
 				rule := c.Rule(i)
-				if !marksForMasquerade(t, rule) {
+				// Pods are those that are not masqueraded on their way to a ClusterIP,
+				// and those whose way to an external address is that to a ClusterIP.
+				bypass := bypassesPolicy(t, c, rule)
+				if !bypass && !marksForMasquerade(t, rule) {
 					continue
 				}
 				for _, e := range rule {
-					if !e.Negated() {
-						continue
-					}
-					switch e.Kind {
-					case netfilter.Source:
-						if p, ok := c.CIDR(e); ok && p.Bits() > 0 && !slices.Contains(cidrs, p) {
-							cidrs = append(cidrs, p)
-						}
-					case netfilter.InInterface:
-						if name := string(c.Text(e)); !slices.Contains(interfaces, name) {
-							interfaces = append(interfaces, name)
-						}
+					if e.Negated() != bypass {
+						add(c, e)
 					}
 				}
 			}
@@ -193,6 +199,21 @@ func marksForMasquerade(t *netfilter.Table, rule []netfilter.Expr) bool {
 		return isNFTables(t)
 	}
 	return false
+}
+
+// bypassesPolicy reports whether a rule of an external address's chain sends
+// pods on as if they had asked for the ClusterIP (externalTrafficPolicy Local).
+func bypassesPolicy(t *netfilter.Table, c *netfilter.Chain, rule []netfilter.Expr) bool {
+	external := strings.HasPrefix(c.Name, "KUBE-EXT-") || strings.HasPrefix(c.Name, "KUBE-XLB-") || isNFTables(t) && strings.HasPrefix(c.Name, "external-")
+	if !external || len(rule) == 0 {
+		return false
+	}
+	e := rule[len(rule)-1]
+	if e.Kind != netfilter.Jump && e.Kind != netfilter.Goto {
+		return false
+	}
+	target := t.ChainName(netfilter.ChainID(e.A))
+	return strings.HasPrefix(target, "KUBE-SVC-") || isNFTables(t) && strings.HasPrefix(target, "service-")
 }
 
 // detectLocal returns the addresses that kube-proxy takes NodePorts on, where

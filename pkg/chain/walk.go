@@ -585,11 +585,15 @@ func (r *run) rewrite(ref RuleRef, e netfilter.Expr, s *state) {
 			port = e.N
 		}
 		// To the address of the interface it came in on; on OUTPUT, to loopback.
-		if !r.view.node.isLocal(addr) {
+		// That of a pod's interface is not known.
+		switch {
+		case r.packet.FromHost:
+			addr = loopback(r.family.family)
+		case r.class == Pod:
 			addr = r.view.node.address(r.family.family)
-			if r.packet.FromHost {
-				addr = loopback(r.family.family)
-			}
+			s.flags |= unresolvedTo
+		default:
+			addr = r.view.node.address(r.family.family)
 		}
 	case netfilter.DNAT:
 		to := ref.Chain.Target(e)
