@@ -46,8 +46,10 @@ bench: ## Run the benchmarks (BENCH=regexp picks some)
 	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
 
 .PHONY: fuzz
-fuzz: ## Fuzz the iptables-save parser (FUZZTIME=60s)
-	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) -fuzzminimizetime 50x ./pkg/iptables
+fuzz: ## Fuzz the parsers, the kernel readers' decoders and the walk (FUZZTIME=60s each)
+	set -e; for f in iptables/FuzzParse iptables/FuzzLegacyDecode iptables/FuzzNFTDecode nftables/FuzzParse nftables/FuzzLiveDecode chain/FuzzWalk; do \
+		go test -run '^$$' -fuzz "^$${f#*/}$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 50x ./pkg/$${f%/*}; \
+	done
 
 .PHONY: clean
 clean: ## Remove bin/

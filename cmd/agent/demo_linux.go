@@ -16,7 +16,6 @@ import (
 	"github.com/natlens/natlens/internal/demo"
 	"github.com/natlens/natlens/internal/render"
 	"github.com/natlens/natlens/internal/snapshot"
-	"github.com/natlens/natlens/pkg/iptables"
 	"github.com/natlens/natlens/pkg/netfilter"
 )
 
@@ -102,17 +101,13 @@ func (c cannotRun) Unwrap() error { return c.error }
 
 // demoLive runs the node in a box until the context ends.
 func demoLive(ctx context.Context, ln net.Listener, stdout io.Writer, log *slog.Logger) error {
-	reader, err := iptables.NewExec()
-	if err != nil {
-		return cannotRun{err}
-	}
 	// The pods end after the agent, so they have a context of their own.
 	d, err := demo.Start(context.WithoutCancel(ctx))
 	if err != nil {
 		return cannotRun{err}
 	}
 	defer d.Close()
-	keeper := &snapshot.Keeper{Reader: d.Reader(reader), Node: d.Node, Name: "demo", Interval: 2 * time.Second, Log: log}
+	keeper := &snapshot.Keeper{Reader: d.Reader(&kernelReader{}), Node: d.Node, Name: "demo", Interval: 2 * time.Second, Log: log}
 	if err := keeper.Refresh(ctx); err != nil {
 		return cannotRun{err}
 	}

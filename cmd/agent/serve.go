@@ -150,10 +150,13 @@ func serveOn(ctx context.Context, ln net.Listener, keeper *snapshot.Keeper, endp
 		<-ctx.Done()
 		log.Info("stopping")
 		end()
-		const patience = 10 * time.Second
+		const patience = 5 * time.Second
 		last, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
-		return server.Shutdown(last)
+		if err := server.Shutdown(last); err != nil {
+			return server.Close() // a client that does not read its answer
+		}
+		return nil
 	})
 	return g.Wait()
 }

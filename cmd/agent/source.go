@@ -40,7 +40,7 @@ type source struct {
 
 func (s *source) addFlags(fs *pflag.FlagSet) {
 	fs.StringArrayVarP(&s.files, "file", "f", nil, "read the rules from a `FILE` that iptables-save or nft -j wrote, not from the kernel (repeatable; - is stdin)")
-	fs.StringVar(&s.reader, "reader", "auto", "how to read the kernel: auto or exec (iptables-save)")
+	fs.StringVar(&s.reader, "reader", "auto", "how to read the kernel: auto (directly), kernel (directly), or exec (with iptables-save)")
 	fs.StringSliceVar(&s.local, "local", nil, "this node's own `IP`s, the main one first (default: of its interfaces)")
 	fs.StringSliceVar(&s.podCIDRs, "pod-cidr", nil, "`CIDR`s of the pods on this node (default: those that the rules name)")
 	fs.StringVar(&s.name, "node-name", "", "the node's name (default: the host's)")
@@ -49,8 +49,8 @@ func (s *source) addFlags(fs *pflag.FlagSet) {
 // check parses what the flags say, before anything is read.
 func (s *source) check(cmd *cobra.Command) error {
 	s.stdin = cmd.InOrStdin()
-	if s.reader != "auto" && s.reader != "exec" {
-		return usageError{fmt.Errorf("--reader %q: want auto or exec", s.reader)}
+	if !slices.Contains([]string{"auto", "kernel", "exec"}, s.reader) {
+		return usageError{fmt.Errorf("--reader %q: want auto, kernel or exec", s.reader)}
 	}
 	for _, text := range s.local {
 		a, err := netip.ParseAddr(strings.TrimSpace(text))
@@ -81,7 +81,7 @@ func (s *source) open() (snapshot.Reader, string, func() (chain.Node, error), er
 	if len(s.files) > 0 {
 		return fileReader{s.files, s.stdin}, snapshot.BackendFile, func() (chain.Node, error) { return s.node, nil }, nil
 	}
-	r, err := iptables.NewExec()
+	r, err := newReader(s.reader)
 	if err != nil {
 		return nil, "", nil, err
 	}

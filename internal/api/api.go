@@ -69,7 +69,9 @@ type Route struct {
 	Masquerade  bool               `json:"masquerade"`
 	Endpoints   []Endpoint         `json:"endpoints"`
 	Undelivered float64            `json:"undelivered"`
-	Unknown     []string           `json:"unknown,omitempty"` // undecidable rules, by text
+	Rejected    float64            `json:"rejected,omitempty"` // part of undelivered
+	Dropped     float64            `json:"dropped,omitempty"`  // part of undelivered
+	Unknown     []string           `json:"unknown,omitempty"`  // undecidable rules, by text
 }
 
 // Endpoint is an address that connections are sent to. MaxShare stands where an
@@ -119,6 +121,8 @@ type Trace struct {
 	Packet   Packet    `json:"packet"`
 	Outcomes []Outcome `json:"outcomes"`
 	Unknown  []string  `json:"unknown"` // rules that could not be decided
+	// Findings are the errors about the node, which concern every packet.
+	Findings []Finding `json:"findings"`
 }
 
 // Packet is the first packet of the connection that was traced.
@@ -236,6 +240,15 @@ func ServicesOf(s *snapshot.Snapshot, f Filter) Services {
 	return doc
 }
 
+// ServiceOf is ServicesOf for one Service, which must be there.
+func ServiceOf(s *snapshot.Snapshot, f Filter) (Services, error) {
+	doc := ServicesOf(s, f)
+	if len(doc.Services) == 0 {
+		return doc, notFound(fmt.Sprintf("the rules hold no Service %s/%s", f.Namespace, f.Name))
+	}
+	return doc, nil
+}
+
 func serviceOf(s *snapshot.Snapshot, sv *chain.Service) Service {
 	out := Service{
 		Namespace: sv.Namespace, Name: sv.Name, Port: sv.Port, Protocol: sv.Protocol.String(),
@@ -260,7 +273,8 @@ func serviceOf(s *snapshot.Snapshot, sv *chain.Service) Service {
 func routeOf(r *chain.Route) Route {
 	out := Route{
 		From: r.From, Sources: r.Sources, Verdict: r.Verdict, Masquerade: r.Masquerade,
-		Endpoints: make([]Endpoint, len(r.Endpoints)), Undelivered: r.Undelivered.Float64(), Unknown: ruleTexts(r.Unknown),
+		Endpoints: make([]Endpoint, len(r.Endpoints)), Undelivered: r.Undelivered.Float64(),
+		Rejected: r.Rejected.Float64(), Dropped: r.Dropped.Float64(), Unknown: ruleTexts(r.Unknown),
 	}
 	mixed := slices.ContainsFunc(r.Endpoints, func(e chain.Endpoint) bool { return e.Masquerade != r.Masquerade })
 	for i, e := range r.Endpoints {
@@ -351,12 +365,12 @@ func ParseQuery(destination, protocol, from string) (Query, error) {
 		protocol = suffix
 	}
 	var err error
-	if protocol != "" {
+	if q.To, err = netip.ParseAddrPort(dst); err == nil && protocol != "" {
 		if q.Protocol, err = netfilter.ParseProtocol(protocol); err != nil {
 			return q, err
 		}
 	}
-	if q.To, err = netip.ParseAddrPort(dst); err != nil {
+	if err != nil {
 		return q, fmt.Errorf("destination %q is not ADDRESS:PORT (IPv6 as [ADDRESS]:PORT), with /tcp, /udp or /sctp behind it if need be", destination)
 	}
 	q.To = netip.AddrPortFrom(q.To.Addr().Unmap().WithZone(""), q.To.Port())
@@ -365,11 +379,11 @@ func ParseQuery(destination, protocol, from string) (Query, error) {
 
 // TraceOf walks one packet through a snapshot.
 func TraceOf(s *snapshot.Snapshot, q Query) (Trace, error) {
-	packet, err := packetOf(s.View, q)
+	packet, class, err := packetOf(s.View, q)
 	if err != nil {
 		return Trace{}, err
 	}
-	t, ok := s.View.Trace(packet)
+	t, ok := s.View.Trace(packet, class)
 	if !ok {
 		return Trace{}, notFound(fmt.Sprintf("these rules have no table of %v", netfilter.FamilyOf(q.To.Addr())))
 	}
@@ -379,6 +393,7 @@ func TraceOf(s *snapshot.Snapshot, q Query) (Trace, error) {
 		Outcomes: make([]Outcome, len(t.Outcomes)),
 		Unknown:  append([]string{}, ruleTexts(append(t.Unknown, t.Broken...))...),
 	}
+	doc.Findings = slices.DeleteFunc(findingsOf(s, s.Programmed.Findings), func(f Finding) bool { return f.Severity != chain.Error })
 	for i, o := range t.Outcomes {
 		out := Outcome{Verdict: o.Verdict, Share: o.Share.Float64(), Exact: o.Share.Exact(), MaxShare: maxOf(o.Share, o.Max), Masquerade: o.Masquerade, Path: make([]Step, len(o.Path))}
 		if o.Verdict == chain.DNAT {
@@ -395,24 +410,25 @@ func TraceOf(s *snapshot.Snapshot, q Query) (Trace, error) {
 	return doc, nil
 }
 
-func packetOf(v *chain.View, q Query) (netfilter.Packet, error) {
+func packetOf(v *chain.View, q Query) (netfilter.Packet, chain.Class, error) {
 	class := chain.Class(cmp.Or(q.From, string(chain.Pod)))
 	if slices.Contains(chain.Classes, class) {
 		p, ok := v.Packet(class, q.To, q.Protocol)
 		if !ok {
-			return p, notFound(fmt.Sprintf("these rules have no table of %v", netfilter.FamilyOf(q.To.Addr())))
+			return p, class, notFound(fmt.Sprintf("these rules have no table of %v", netfilter.FamilyOf(q.To.Addr())))
 		}
-		return p, nil
+		return p, class, nil
 	}
 	from, err := netip.ParseAddr(q.From)
 	if err != nil {
-		return netfilter.Packet{}, fmt.Errorf("source %q is neither an address nor one of pod, node, external", q.From)
+		return netfilter.Packet{}, "", fmt.Errorf("source %q is neither an address nor one of pod, node, external", q.From)
 	}
 	from = from.Unmap().WithZone("")
 	if netfilter.FamilyOf(from) != netfilter.FamilyOf(q.To.Addr()) {
-		return netfilter.Packet{}, fmt.Errorf("source %v and destination %v are of different families", from, q.To.Addr())
+		return netfilter.Packet{}, "", fmt.Errorf("source %v and destination %v are of different families", from, q.To.Addr())
 	}
-	return v.PacketFrom(from, q.To, q.Protocol), nil
+	packet, class := v.PacketFrom(from, q.To, q.Protocol)
+	return packet, class, nil
 }
 
 // Effect says in a few words what a rule on a path did.

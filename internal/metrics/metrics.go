@@ -119,7 +119,7 @@ func (c *Collector) service(gauge func(*prometheus.Desc, float64, ...string), sv
 	low, high := math.Inf(1), 0.0
 	for _, e := range route.Endpoints {
 		share := e.Share.Float64()
-		low, high = min(low, share), max(high, share)
+		low, high = min(low, share), max(high, e.Max.Float64())
 		if c.endpoints {
 			address := "?" // one of a range, as in the JSON
 			if e.Address.IsValid() {

@@ -24,10 +24,23 @@ func Discover() (chain.Node, error) {
 	n := chain.Node{NoRouteLocalnet: !routeLocalnet()}
 	for _, a := range addrs {
 		p, err := netip.ParsePrefix(a.String())
-		if err == nil && !p.Addr().IsLoopback() && !p.Addr().IsLinkLocalUnicast() {
+		// An IPv6 link-local address is no Service's, and each pod's interface has
+		// one; an IPv4 one may well be, such as a node-local DNS cache's.
+		if err == nil && !p.Addr().IsLoopback() && !(p.Addr().Is6() && p.Addr().IsLinkLocalUnicast()) {
 			n.Local = append(n.Local, p.Addr().Unmap())
+			n.Networks = append(n.Networks, p.Masked())
 		}
 	}
+	// Link-local ones are local too, but nobody's main address.
+	slices.SortStableFunc(n.Local, func(a, b netip.Addr) int {
+		switch la, lb := a.IsLinkLocalUnicast(), b.IsLinkLocalUnicast(); {
+		case la == lb:
+			return 0
+		case lb:
+			return -1
+		}
+		return 1
+	})
 	for _, probe := range []string{"192.0.2.1:9", "[2001:db8::1]:9"} {
 		n.Local = first(n.Local, sourceFor(probe))
 	}

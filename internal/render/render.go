@@ -2,6 +2,7 @@
 package render
 
 import (
+	"bytes"
 	"cmp"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/natlens/natlens/internal/api"
@@ -49,9 +51,26 @@ func (e *errWriter) Write(p []byte) (int, error) {
 	if e.err != nil {
 		return 0, e.err
 	}
-	n, err := e.w.Write(p)
-	e.err = err
-	return n, err
+	_, e.err = e.w.Write(printable(p))
+	return len(p), e.err
+}
+
+// printable shows control characters as what they are: a comment in somebody's
+// dump must not command the reader's terminal.
+func printable(p []byte) []byte {
+	control := func(r rune) bool { return unicode.IsControl(r) && r != '\n' && r != '\t' }
+	if bytes.IndexFunc(p, control) < 0 {
+		return p
+	}
+	var out []byte
+	for _, r := range string(p) {
+		if control(r) {
+			out = fmt.Appendf(out, "\\x%02x", r)
+			continue
+		}
+		out = utf8.AppendRune(out, r)
+	}
+	return out
 }
 
 // table prints rows in columns, without blanks at the ends of lines.
@@ -257,7 +276,7 @@ func shares(r api.Route) string {
 	}
 	var parts []string
 	if r.Undelivered > 0 {
-		parts = append(parts, undelivered(r)+" NOWHERE")
+		parts = append(parts, undelivered(r))
 	}
 	groups := byShare(r.Endpoints)
 	for _, g := range groups {
@@ -275,12 +294,21 @@ func shares(r api.Route) string {
 }
 
 // undelivered is the share that reaches no endpoint, at most where a rule
-// cannot be decided.
+// undelivered says what becomes of the connections that reach no endpoint.
 func undelivered(r api.Route) string {
 	if len(r.Unknown) > 0 {
-		return "up to " + Percent(r.Undelivered)
+		return "up to " + Percent(r.Undelivered) + " NOWHERE"
 	}
-	return Percent(r.Undelivered)
+	var parts []string
+	for _, p := range []struct {
+		share float64
+		word  string
+	}{{r.Undelivered - r.Rejected - r.Dropped, "NOWHERE"}, {r.Dropped, "DROPPED"}, {r.Rejected, "REJECTED"}} {
+		if p.share > tolerance {
+			parts = append(parts, Percent(p.share)+" "+p.word)
+		}
+	}
+	return strings.Join(parts, ", ")
 }
 
 // byShare groups endpoints whose shares differ by rounding only, the greatest
@@ -429,7 +457,7 @@ func wideRoute(w io.Writer, r api.Route, all []api.Route) {
 	fmt.Fprintf(w, "    from %s: %s\n", who, note)
 	var rows [][]string
 	if len(r.Endpoints) > 0 && r.Undelivered > 0 {
-		rows = append(rows, []string{undelivered(r), "NOWHERE"})
+		fmt.Fprintf(w, "      %s\n", undelivered(r))
 	}
 	for _, e := range r.Endpoints {
 		exact, masq := short(e.Exact), ""
@@ -463,6 +491,7 @@ func short(exact string) string {
 func Trace(out io.Writer, doc api.Trace) error {
 	w := &errWriter{w: out}
 	header(w, doc.Snapshot)
+	findings(w, doc.Findings, "")
 	p := doc.Packet
 	fmt.Fprintf(w, "%s %s → %s, from %s\n", p.Protocol, p.From, net.JoinHostPort(p.To.String(), strconv.Itoa(int(p.Port))), classText(p.Class))
 	for _, u := range doc.Unknown {

@@ -42,6 +42,9 @@ type Config struct {
 	Log     *slog.Logger
 }
 
+// maxTraces bounds the traces that are walked at once; others wait.
+const maxTraces = 2
+
 // maxEventStreams bounds the open /api/v1/events requests.
 const maxEventStreams = 64
 
@@ -49,11 +52,12 @@ const maxEventStreams = 64
 type server struct {
 	Config
 	streams chan struct{}
+	tracing chan struct{}
 }
 
 // NewHandler returns the handler of all routes.
 func NewHandler(cfg Config) http.Handler {
-	s := &server{Config: cfg, streams: make(chan struct{}, maxEventStreams)}
+	s := &server{Config: cfg, streams: make(chan struct{}, maxEventStreams), tracing: make(chan struct{}, maxTraces)}
 	files, err := fs.Sub(static, "static")
 	if err != nil {
 		panic(err) // the directory is embedded above
@@ -137,59 +141,44 @@ func (s *server) snapshot(next func(http.ResponseWriter, *http.Request, *snapsho
 func (s *server) services(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot) {
 	q := r.URL.Query()
 	f := api.Filter{Namespace: q.Get("namespace"), Name: q.Get("name"), Port: q.Get("port")}
-	s.answer(w, r, snap, func() any { return api.ServicesOf(snap, f) })
+	s.answer(w, r, snap, func() (any, error) { return api.ServicesOf(snap, f), nil })
 }
 
 func (s *server) service(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot) {
 	f := api.Filter{Namespace: r.PathValue("namespace"), Name: r.PathValue("name"), Port: r.URL.Query().Get("port")}
-	doc := api.ServicesOf(snap, f)
-	if len(doc.Services) == 0 {
-		fail(w, http.StatusNotFound, fmt.Sprintf("the rules hold no Service %s/%s", f.Namespace, f.Name))
-		return
-	}
-	s.answer(w, r, snap, func() any { return doc })
+	s.answer(w, r, snap, func() (any, error) { return api.ServiceOf(snap, f) })
 }
 
 func (s *server) trace(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot) {
 	q := r.URL.Query()
 	query, err := api.ParseQuery(q.Get("to"), q.Get("protocol"), q.Get("from"))
 	if err != nil {
-		fail(w, http.StatusBadRequest, "to="+q.Get("to")+": "+err.Error())
+		fail(w, http.StatusBadRequest, err.Error())
 		return
 	}
-	doc, err := api.TraceOf(snap, query)
-	if err != nil {
-		fail(w, statusOf(err, http.StatusBadRequest), err.Error())
+	select { // a trace through thousands of rules is work
+	case s.tracing <- struct{}{}:
+		defer func() { <-s.tracing }()
+	case <-r.Context().Done():
 		return
 	}
-	s.answer(w, r, snap, func() any { return doc })
+	s.answer(w, r, snap, func() (any, error) { return api.TraceOf(snap, query) })
 }
 
 func (s *server) findings(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot) {
-	s.answer(w, r, snap, func() any { return api.FindingsOf(snap) })
+	s.answer(w, r, snap, func() (any, error) { return api.FindingsOf(snap), nil })
 }
 
 func (s *server) chain(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot) {
-	doc, err := api.ChainOf(snap, r.PathValue("table"), r.PathValue("chain"))
-	if err != nil {
-		fail(w, statusOf(err, http.StatusInternalServerError), err.Error())
-		return
-	}
-	s.answer(w, r, snap, func() any { return doc })
-}
-
-func statusOf(err error, otherwise int) int {
-	if errors.Is(err, api.ErrNotFound) {
-		return http.StatusNotFound
-	}
-	return otherwise
+	s.answer(w, r, snap, func() (any, error) { return api.ChainOf(snap, r.PathValue("table"), r.PathValue("chain")) })
 }
 
 // answer writes a document as JSON. Two answers to one request have the same
 // ETag exactly while they would be the same.
-func (s *server) answer(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot, doc func() any) {
+func (s *server) answer(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot, make func() (any, error)) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
+	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Vary", "Accept-Encoding")
 	h.Set("Cache-Control", "no-cache")
 	// A stale snapshot keeps its time, while the reason may become another.
@@ -199,10 +188,20 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, snap *snapshot.S
 		w.WriteHeader(http.StatusNotModified)
 		return
 	}
+	doc, err := make()
+	if err != nil {
+		h.Del("ETag")
+		code := http.StatusBadRequest
+		if errors.Is(err, api.ErrNotFound) {
+			code = http.StatusNotFound
+		}
+		fail(w, code, err.Error())
+		return
+	}
 	var body bytes.Buffer
 	enc := json.NewEncoder(&body)
 	enc.SetEscapeHTML(false)
-	if err := enc.Encode(doc()); err != nil {
+	if err := enc.Encode(doc); err != nil {
 		s.Log.Error("encoding an answer", "path", r.URL.Path, "error", err)
 		fail(w, http.StatusInternalServerError, "the answer could not be encoded")
 		return
@@ -234,7 +233,6 @@ func (s *server) events(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	control := http.NewResponseController(w)
-	_ = control.SetWriteDeadline(time.Time{}) // a stream outlives the server's time limit
 	w.Header().Set("Content-Type", "text/event-stream")
 	news, end := s.Source.Subscribe()
 	defer end()
@@ -245,6 +243,9 @@ func (s *server) events(w http.ResponseWriter, r *http.Request) {
 		writeEvent(w, snap)
 	}
 	for {
+		// The stream outlives the server's time limit, a client that stopped
+		// reading does not.
+		_ = control.SetWriteDeadline(time.Now().Add(2 * beat))
 		if err := control.Flush(); err != nil {
 			return
 		}
@@ -291,6 +292,7 @@ func (s *server) version(w http.ResponseWriter, _ *http.Request) {
 
 func fail(w http.ResponseWriter, code int, message string) {
 	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(code)
 	_ = json.NewEncoder(w).Encode(api.Error{Error: api.ErrorDetail{Code: code, Message: message}})
 }

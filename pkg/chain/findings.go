@@ -27,6 +27,8 @@ const (
 	ProxyModeUnsupported Code = "ProxyModeUnsupported" // Services are handled elsewhere than in these rules
 	ChainMissing         Code = "ChainMissing"         // a jump that the kernel would refuse
 	FrontendConflict     Code = "FrontendConflict"     // two Services on one address and port
+	RulesMissing         Code = "RulesMissing"         // a part of kube-proxy's rules is gone
+	EndpointBroken       Code = "EndpointBroken"       // an endpoint's chain does not send to it
 )
 
 // Severity grades a finding.
@@ -56,7 +58,8 @@ type facts struct {
 	fell      []fall
 	bypassed  []RuleRef // foreign rules that decided before the Service's own
 	untracked []RuleRef
-	unmarked  bool // marked for masquerading, but not masqueraded
+	dropped   []RuleRef // foreign rules that drop what is on its way to an endpoint
+	unmarked  bool      // marked for masquerading, but not masqueraded
 	broken    []RuleRef
 }
 
@@ -83,6 +86,8 @@ func (f *facts) addEnds(v *View, class Class, sources []netip.Prefix, ends []end
 		switch {
 		case s.has(notTracked):
 			f.untracked = appendNew(f.untracked, s.by)
+		case (s.verdict == Drop || s.verdict == Reject) && s.has(rewritten) && s.has(viaDispatch) && s.ended.Chain != nil && !strings.HasPrefix(s.ended.Chain.Name, "KUBE-"):
+			f.dropped = appendNew(f.dropped, s.ended)
 		case r.watch != nil && !s.has(viaDispatch) && (s.verdict == DNAT || s.has(shadowed)):
 			f.bypassed = appendNew(f.bypassed, s.by)
 		case s.verdict == DNAT && !s.has(masqueraded) && s.mark&r.family.masquerade != 0 && (class == Host || !v.node.isLocal(s.to.Addr())):
@@ -131,6 +136,7 @@ func (v *View) find(p *Programmed, d *discovery) {
 	node.unreadable()
 	node.backends()
 	node.hooks()
+	node.missing()
 	if len(p.Services) == 0 {
 		node.nothing()
 	}
@@ -222,6 +228,9 @@ func (f *finder) frontend(e *entry, missing map[Class]bool) {
 	}
 	if len(e.facts.bypassed) > 0 {
 		f.add(ForeignRule, Warning, e.facts.bypassed, "%s: a rule that is not the Service's own decides where connections go", name)
+	}
+	if len(e.facts.dropped) > 0 {
+		f.add(ForeignRule, Warning, e.facts.dropped, "%s: connections that the Service's rules send to endpoints are then dropped by a rule that is not kube-proxy's", name)
 	}
 	if e.facts.unmarked {
 		f.add(MasqueradeMissing, Error, []RuleRef{e.rule}, "%s: connections are marked for masquerading, but nat POSTROUTING does not masquerade them: answers may not find their way back", name)

@@ -119,7 +119,131 @@ func (v *View) scanChains(owners *owners) {
 				hairpin(owners, t, c)
 			}
 		}
+		if t.Name == "nat" {
+			unreferenced(owners, t)
+			unmasqueraded(owners, t)
+		}
 	}
+}
+
+// unreferenced reports the chains of Services that no rule leads to. Above 1000
+// endpoints, where it also leaves comments out, kube-proxy keeps such chains of
+// deleted Services for a while; below, it deletes them at once.
+func unreferenced(owners *owners, t *netfilter.Table) {
+	if c := t.Lookup("KUBE-SERVICES"); c == nil || c.Len() == 0 {
+		return // all are: RulesMissing says so
+	}
+	used := make([]bool, t.NameCount())
+	for _, c := range t.Chains() {
+		for i := range c.Len() {
+			if rule := c.Rule(i); len(rule) > 0 {
+				if e := rule[len(rule)-1]; e.Kind == netfilter.Jump || e.Kind == netfilter.Goto {
+					used[e.A] = true
+				}
+			}
+		}
+	}
+	for _, c := range t.Chains() {
+		if strings.HasPrefix(c.Name, "KUBE-SVC-") && c.Len() > 0 && !balancesWithComments(c) {
+			return
+		}
+	}
+	for _, c := range t.Chains() {
+		if !used[c.ID] && strings.HasPrefix(c.Name, "KUBE-SVC-") && balancesWithComments(c) {
+			owners.finder(c).add(RulesMissing, Error, []RuleRef{{t, c, 0}}, "no rule leads to %s, which has endpoints: the rule of its Service's address is gone", c.Name)
+		}
+	}
+}
+
+// balancesWithComments reports whether a chain has commented rules for
+// endpoints.
+func balancesWithComments(c *netfilter.Chain) bool {
+	return c.Len() > 0 && strings.Contains(c.Comment(c.Len()-1), " -> ")
+}
+
+// unmasqueraded reports chains of Services that lack the rule that masquerades
+// clients from outside the pod range, where others have it.
+func unmasqueraded(owners *owners, t *netfilter.Table) {
+	mark := t.Lookup("KUBE-MARK-MASQ")
+	dispatch := t.Lookup("KUBE-SERVICES")
+	if mark == nil || dispatch == nil {
+		return
+	}
+	var with, without []*netfilter.Chain
+	for i := range dispatch.Len() {
+		a := ask(RuleRef{t, dispatch, i})
+		if a.target.Kind != netfilter.Jump {
+			continue
+		}
+		c := t.ByID(netfilter.ChainID(a.target.A))
+		if c == nil || c.Len() == 0 || !strings.HasPrefix(c.Name, "KUBE-SVC-") && !strings.HasPrefix(c.Name, "KUBE-SVL-") {
+			continue
+		}
+		first := c.Rule(0)
+		if e := first[max(0, len(first)-1):]; len(e) == 1 && e[0].Kind == netfilter.Jump && netfilter.ChainID(e[0].A) == mark.ID {
+			with = append(with, c)
+		} else {
+			without = append(without, c)
+		}
+	}
+	if len(with) < 3 || len(without) > len(with)/4 {
+		return // none has it, as without a pod range, or only those that kube-proxy has rewritten lately
+	}
+	for _, c := range without {
+		owners.finder(c).add(MasqueradeMissing, Warning, []RuleRef{{t, c, 0}}, "%s has no rule that masquerades clients from outside the pod range, as the other Services have: answers may not find their way back", c.Name)
+	}
+}
+
+// missing reports parts of kube-proxy's rules that are gone while others are
+// there, as after a flush by hand.
+func (f *finder) missing() {
+	for _, t := range f.view.rules.Tables {
+		if t.Name == "nat" {
+			if c := t.Lookup("KUBE-MARK-MASQ"); c != nil && c.Len() == 0 {
+				f.about = "KUBE-MARK-MASQ of " + t.Family.String()
+				f.add(MasqueradeMissing, Error, nil, "KUBE-MARK-MASQ of %v is empty: nothing is masqueraded any more, and answers may not find their way back", t.Family)
+			}
+		}
+		if t.Name != "filter" || t.Lookup("KUBE-FORWARD") == nil || t.Lookup("KUBE-FORWARD").Len() == 0 {
+			continue
+		}
+		nat := f.natBeside(t)
+		if nat == nil || f.servedElsewhere(nat) {
+			continue
+		}
+		for _, name := range []string{"KUBE-SERVICES", "KUBE-POSTROUTING"} {
+			if c := nat.Lookup(name); c == nil || c.Len() == 0 {
+				f.about = name + " of " + t.Family.String()
+				f.add(RulesMissing, Error, nil, "chain %s in table nat of %v is %s, though kube-proxy's chains in table filter are there: nat was flushed, or never written", name, t.Family, goneText(c))
+			}
+		}
+	}
+}
+
+// natBeside returns the nat table of the same family and backend.
+func (f *finder) natBeside(filter *netfilter.Table) *netfilter.Table {
+	for _, t := range f.view.rules.Tables {
+		if t.Name == "nat" && t.Family == filter.Family && t.Backend == filter.Backend {
+			return t
+		}
+	}
+	return nil
+}
+
+// servedElsewhere reports whether another nat table of the family has Services:
+// then this one is a leftover.
+func (f *finder) servedElsewhere(nat *netfilter.Table) bool {
+	return slices.ContainsFunc(f.view.rules.Tables, func(t *netfilter.Table) bool {
+		c := t.Lookup("KUBE-SERVICES")
+		return t != nat && t.Family == nat.Family && (isNFTables(t) || t.Name == "nat" && c != nil && c.Len() > 0)
+	})
+}
+
+func goneText(c *netfilter.Chain) string {
+	if c == nil {
+		return "gone"
+	}
+	return "empty"
 }
 
 // foreign reports rules that the owner of a chain does not write.
@@ -185,6 +309,13 @@ func unreachable(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 		if target == nil || !strings.HasPrefix(target.Name, "KUBE-SEP-") {
 			continue
 		}
+		if never(rule) {
+			owners.finder(c).add(RuleUnreachable, Warning, []RuleRef{{t, c, i}}, "rule %d of %s never matches: its probability is 0", i+1, c.Name)
+			continue
+		}
+		if !deliversAll(target) {
+			owners.finder(c).add(EndpointBroken, Error, []RuleRef{{t, c, i}}, "%s has no DNAT: what rule %d of %s sends there comes back, and goes to the endpoints behind it", target.Name, i+1, c.Name)
+		}
 		if taken >= 0 {
 			owners.finder(c).add(RuleUnreachable, Warning, []RuleRef{{t, c, taken}, {t, c, i}}, "rule %d of %s is never reached: rule %d takes every packet", i+1, c.Name, taken+1)
 			continue
@@ -193,6 +324,13 @@ func unreachable(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 			taken = i
 		}
 	}
+}
+
+// never reports whether a rule's chance is none.
+func never(rule []netfilter.Expr) bool {
+	return slices.ContainsFunc(rule, func(e netfilter.Expr) bool {
+		return e.Kind == netfilter.Random && chanceOf(e).num == 0
+	})
 }
 
 // unconditional reports whether a rule matches every packet.

@@ -80,8 +80,11 @@ func (r *run) ask(t *netfilter.Table, c *netfilter.Chain, e netfilter.Expr, s *s
 		return r.addrRange(c.Text(e), e.N, s)
 	case netfilter.InSet:
 		set := t.Set(e.A)
-		if set.Dynamic {
+		switch {
+		case set.Dynamic:
 			return no // a new client is in none
+		case set.Opaque:
+			return unknown
 		}
 		_, ok := set.Lookup(r.setKey(e, s))
 		return is(ok)

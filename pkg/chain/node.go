@@ -31,6 +31,9 @@ type Node struct {
 	// those that kube-proxy's own rules name are used.
 	PodCIDRs      []netip.Prefix
 	PodInterfaces []string
+	// Networks are the subnets of the node's interfaces. One within a pod range
+	// is the part of it that this node's pods have.
+	Networks []netip.Prefix
 	// NoRouteLocalnet says that the sysctl route_localnet is off, so that the
 	// kernel drops what nat sends from 127.0.0.0/8 off the loopback interface.
 	NoRouteLocalnet bool

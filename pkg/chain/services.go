@@ -69,8 +69,9 @@ type Route struct {
 	// each endpoint says it for itself.
 	Masquerade bool
 	Endpoints  []Endpoint // by address
-	// Undelivered is the share that reaches no endpoint.
-	Undelivered Share
+	// Undelivered is the share that reaches no endpoint. Rejected and Dropped
+	// are parts of it; the rest goes on as if the Service did not exist.
+	Undelivered, Rejected, Dropped Share
 	// Unknown are the rules on which the answer depends and that could not be
 	// decided.
 	Unknown []RuleRef
@@ -160,6 +161,8 @@ type discovery struct {
 	// KUBE-NODEPORTS one by one.
 	accepted map[netfilter.Family][]netip.Addr
 	clashes  []clash
+	// nodePorts are the Services that filter names with a NodePort.
+	nodePorts map[ServicePort]bool
 }
 
 type frontKey struct {
@@ -179,7 +182,7 @@ type clash struct {
 // discover lists the frontends. Chains and comments only name things here;
 // what happens to a packet is the walk's to say.
 func (v *View) discover() *discovery {
-	d := &discovery{view: v, at: map[frontKey]*entry{}, names: map[string]ServicePort{}, accepted: map[netfilter.Family][]netip.Addr{}}
+	d := &discovery{view: v, at: map[frontKey]*entry{}, names: map[string]ServicePort{}, accepted: map[netfilter.Family][]netip.Addr{}, nodePorts: map[ServicePort]bool{}}
 	for _, t := range v.rules.Tables {
 		if isNFTables(t) {
 			d.maps(t)
@@ -198,6 +201,13 @@ func (v *View) discover() *discovery {
 	for _, t := range v.rules.Tables {
 		if t.Name != "filter" {
 			continue
+		}
+		if c := t.Lookup("KUBE-EXTERNAL-SERVICES"); c != nil {
+			for i := range c.Len() {
+				if a := ask(RuleRef{t, c, i}); a.local {
+					d.nodePorts[d.name(a, "", nil)] = true
+				}
+			}
 		}
 		for _, name := range []string{"KUBE-SERVICES", "KUBE-EXTERNAL-SERVICES"} {
 			if c := t.Lookup(name); c != nil {
@@ -291,7 +301,7 @@ func (d *discovery) refusal(ref RuleRef) {
 	case a.addr.IsValid():
 		// The rule does not say which. A LoadBalancer mostly has a NodePort too.
 		front.Type = ExternalIP
-		if d.hasNodePort(service, ref) {
+		if d.nodePorts[service] {
 			front.Type = LoadBalancer
 		}
 	case a.local:
@@ -300,16 +310,6 @@ func (d *discovery) refusal(ref RuleRef) {
 		return
 	}
 	d.add(&entry{service: service, front: front, rule: ref}, a.protocol)
-}
-
-func (d *discovery) hasNodePort(s ServicePort, ref RuleRef) bool {
-	prefix := s.String() + " "
-	for i := range ref.Chain.Len() {
-		if a := ask(RuleRef{ref.Table, ref.Chain, i}); a.local && strings.HasPrefix(a.comment, prefix) && a.protocol == s.Protocol {
-			return true
-		}
-	}
-	return false
 }
 
 func (d *discovery) add(e *entry, p netfilter.Protocol) {
@@ -417,27 +417,71 @@ func (x *resolver) resolve(e *entry) {
 			return
 		}
 		route := x.walk(e, packet, class, nil)
-		for _, s := range x.run.sensitive {
-			if !slices.Contains(ranges, s.prefix) {
-				ranges = append(ranges, s.prefix)
-			}
-		}
+		ranges = x.addRanges(ranges)
 		e.routes, of[i] = addRoute(e.routes, route)
 	}
 	var special []Route
-	for _, p := range ranges {
-		packet := x.view.PacketFrom(representative(p), to, e.service.Protocol)
-		class := x.view.Class(packet)
-		if general, _ := x.view.Packet(class, to, e.service.Protocol); p.Contains(general.Source) {
-			continue // the class as a whole was walked with such a source
+	for i := 0; i < len(ranges); i++ {
+		p := ranges[i]
+		for _, source := range x.view.standIns(p, ranges) {
+			packet, class := x.view.PacketFrom(source, to, e.service.Protocol)
+			if general, _ := x.view.Packet(class, to, e.service.Protocol); p.Contains(general.Source) {
+				continue // the class as a whole was walked with such a source
+			}
+			route := x.walk(e, packet, class, []netip.Prefix{p})
+			ranges = x.addRanges(ranges)
+			if !sameFate(e.routes[of[slices.Index(Classes, class)]], route) {
+				special, _ = addRoute(special, route)
+			}
 		}
-		route := x.walk(e, packet, class, []netip.Prefix{p})
-		if sameFate(e.routes[of[slices.Index(Classes, class)]], route) {
-			continue
-		}
-		special, _ = addRoute(special, route)
 	}
 	e.routes = append(e.routes, special...)
+}
+
+// addRanges appends the source ranges that the last walk met. That rules tell
+// loopback addresses from others is no matter of a Service's clients.
+func (x *resolver) addRanges(ranges []netip.Prefix) []netip.Prefix {
+	for _, s := range x.run.sensitive {
+		if !s.prefix.Addr().IsLoopback() && !slices.Contains(ranges, s.prefix) {
+			ranges = append(ranges, s.prefix)
+		}
+	}
+	return ranges
+}
+
+// standIns returns an address of the range for each source class that has any
+// there, outside the narrower ranges that rules ask for as well.
+func (v *View) standIns(p netip.Prefix, ranges []netip.Prefix) []netip.Addr {
+	narrower := func(q netip.Prefix) bool { return q.Bits() > p.Bits() && p.Contains(q.Addr()) }
+	candidates := []netip.Addr{p.Addr().Next(), p.Addr(), netfilter.SpanOf(p).To}
+	var inner []netip.Prefix
+	for _, list := range [][]netip.Prefix{ranges, v.node.PodCIDRs} {
+		for _, q := range list {
+			if narrower(q) {
+				inner = append(inner, q)
+				candidates = append(candidates, netfilter.SpanOf(q).To.Next(), q.Addr().Prev(), q.Addr().Next())
+			}
+		}
+	}
+	for _, a := range v.node.Local {
+		candidates = append(candidates, a.Next())
+	}
+	var out []netip.Addr
+	seen := map[Class]bool{}
+	for _, a := range candidates {
+		if !a.IsValid() || !p.Contains(a) {
+			continue
+		}
+		class := v.node.classOf(a)
+		hidden := slices.ContainsFunc(inner, func(q netip.Prefix) bool {
+			return q.Contains(a) && !(class == Pod && slices.Contains(v.node.PodCIDRs, q))
+		})
+		if !hidden && !seen[class] {
+			seen[class] = true
+			out = append(out, a)
+		}
+	}
+	return out
 }
 
 // nodeAddress returns the address at which a NodePort is tried.
@@ -452,15 +496,6 @@ func (x *resolver) nodeAddress(f Frontend) netip.Addr {
 		}
 	}
 	return f.Accepted[0]
-}
-
-// representative returns an address of a range, not its first where it can be
-// avoided: that often is a gateway.
-func representative(p netip.Prefix) netip.Addr {
-	if p.IsSingleIP() {
-		return p.Addr()
-	}
-	return p.Addr().Next()
 }
 
 // addRoute appends a route, or puts its sources to one with the same answer.
@@ -493,6 +528,7 @@ func sameFate(a, b Route) bool {
 func (x *resolver) walk(e *entry, p netfilter.Packet, class Class, sources []netip.Prefix) Route {
 	r := &x.run
 	r.reset(p)
+	r.class = class
 	r.natOnly, r.collect, r.watch = true, true, e.target
 	worlds := x.view.explore(r)
 	if e.affinity == 0 {
@@ -501,12 +537,26 @@ func (x *resolver) walk(e *entry, p netfilter.Packet, class Class, sources []net
 	route := Route{From: []Class{class}, Sources: sources}
 	if len(worlds) == 1 {
 		x.scratch, route.Undelivered = endpoints(x.scratch[:0], worlds[0].ends)
+		for i := range worlds[0].ends {
+			switch s := &worlds[0].ends[i]; s.verdict {
+			case Reject:
+				route.Rejected = route.Rejected.plus(s.share)
+			case Drop:
+				route.Dropped = route.Dropped.plus(s.share)
+			}
+		}
 		route.Endpoints = x.scratch
 	} else {
 		route.Endpoints, route.Undelivered = bounds(worlds)
-		route.Unknown = influential(worlds)
+		route.Unknown = influential(worlds, false)
 	}
-	route.Unknown = append(route.Unknown, r.ignored...)
+	route.Unknown = slices.Concat(route.Unknown, r.ignored, r.unresolved)
+	if len(r.ignored) > 0 { // they might do anything
+		for i := range route.Endpoints {
+			route.Endpoints[i].Share, route.Endpoints[i].Max = Share{}, whole()
+		}
+		route.Undelivered = whole()
+	}
 	route.Verdict = sumUp(worlds)
 	for _, ep := range route.Endpoints {
 		route.Masquerade = route.Masquerade || ep.Masquerade

@@ -42,7 +42,7 @@ func (s Share) split(num, den uint32) (taken, rest Share) {
 	rest.parts = s.parts.sub(taken.parts)
 	size := 1
 	if s.how != nil {
-		size += s.how.size
+		size = min(size+s.how.size, maxExact+1)
 	}
 	taken.how = &factor{before: s.how, num: num, den: den, size: size}
 	rest.how = &factor{before: s.how, num: den - num, den: den, size: size}
@@ -59,7 +59,7 @@ func (s Share) plus(t Share) Share {
 	}
 	f := &factor{before: s.how, other: t.how, size: maxExact + 1}
 	if s.how != nil && t.how != nil {
-		f.size = s.how.size + t.how.size
+		f.size = min(s.how.size+t.how.size, maxExact+1)
 	}
 	return Share{parts: s.parts.add(t.parts), how: f}
 }

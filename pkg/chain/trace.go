@@ -34,7 +34,9 @@ type Outcome struct {
 	// They differ only where Trace.Unknown is not empty.
 	Share, Max Share
 	// Path are the rules that decided, in order; of rules that do not end a
-	// walk, those that matched.
+	// walk, those that matched. Where several ways lead to the same end, it is
+	// one of them, and its last step has a smaller share than the outcome.
+	// Beyond the first 256 outcomes there is none.
 	Path []Step
 }
 
@@ -50,19 +52,27 @@ type Step struct {
 	Share Share
 }
 
-// Trace walks one packet. It returns false when the ruleset has no table of
-// the packet's family.
-func (v *View) Trace(p netfilter.Packet) (*Trace, bool) {
+// Trace walks one packet of a source class. It returns false when the ruleset
+// has no table of the packet's family.
+func (v *View) Trace(p netfilter.Packet, class Class) (*Trace, bool) {
 	if v.of(netfilter.FamilyOf(p.Destination)) == nil {
 		return nil, false
 	}
-	r := &run{packet: p, tracing: true}
+	r := &run{packet: p, class: class, tracing: true}
 	worlds := v.explore(r)
 	t := &Trace{Packet: p, Class: r.class, Broken: r.broken}
 	t.Outcomes = combine(worlds)
-	t.Unknown = append(influential(worlds), r.ignored...)
+	t.Unknown = slices.Concat(influential(worlds, true), r.ignored, r.unresolved)
+	if len(r.ignored) > 0 { // they might do anything
+		for i := range t.Outcomes {
+			t.Outcomes[i].Share, t.Outcomes[i].Max = Share{}, whole()
+		}
+	}
 	return t, true
 }
+
+// maxPaths bounds the paths of a trace: each has all the rules on its way.
+const maxPaths = 256
 
 // fate is what tells outcomes apart.
 type fate struct {
@@ -96,7 +106,11 @@ func combine(worlds []world) []Outcome {
 			sums[w][f] = sums[w][f].plus(e.share)
 			if _, ok := at[f]; !ok {
 				at[f] = len(out)
-				out = append(out, Outcome{Verdict: f.verdict, To: f.to, Masquerade: f.masquerade, Path: e.path.list()})
+				o := Outcome{Verdict: f.verdict, To: f.to, Masquerade: f.masquerade}
+				if len(out) < maxPaths {
+					o.Path = e.path.list()
+				}
+				out = append(out, o)
 			}
 		}
 	}
@@ -121,16 +135,17 @@ func combine(worlds []world) []Outcome {
 	return out
 }
 
-// influential returns the assumed rules on which the outcome depends: those
+// influential returns the assumed rules on which the outcome depends, with
+// masquerading or without regard to it: those
 // for which the worlds where they match differ from those where they do not.
-func influential(worlds []world) []RuleRef {
+func influential(worlds []world, masquerading bool) []RuleRef {
 	if len(worlds) < 2 {
 		return nil
 	}
 	print := make([]string, len(worlds))
 	rules := map[RuleRef]bool{}
 	for i, w := range worlds {
-		print[i] = fingerprint(w)
+		print[i] = fingerprint(w, masquerading)
 		for ref := range w.assume {
 			rules[ref] = true
 		}
@@ -167,13 +182,13 @@ func influential(worlds []world) []RuleRef {
 }
 
 // fingerprint is equal for two worlds with the same outcomes.
-func fingerprint(w world) string {
+func fingerprint(w world, masquerading bool) string {
 	one := combine([]world{w})
 	var b []byte
 	for _, o := range one {
 		b = append(b, o.Verdict...)
 		b, _ = o.To.AppendText(b)
-		if o.Masquerade {
+		if o.Masquerade && masquerading {
 			b = append(b, 'm')
 		}
 		b = fmt.Appendf(b, " %x.%x;", o.Share.parts.hi, o.Share.parts.lo)

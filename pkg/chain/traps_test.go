@@ -392,8 +392,8 @@ func want(lines ...string) string { return strings.Join(lines, "\n") }
 
 // clusterWide are the lines of a ClusterIP whose connections are masqueraded
 // but for those of pods.
-func clusterWide(name, endpoints string) string {
-	return want(name+" ClusterIP pod: dnat "+endpoints, name+" ClusterIP node,external: dnat masq "+endpoints)
+func clusterWide(name, endpoints string, more ...string) string {
+	return want(append([]string{name + " ClusterIP pod: dnat " + endpoints, name + " ClusterIP node,external: dnat masq " + endpoints}, more...)...)
 }
 
 func TestTraps(t *testing.T) {
@@ -479,7 +479,7 @@ func TestTraps(t *testing.T) {
 		{
 			// Its endpoints get nothing, and it is no Service any more.
 			"chains that nothing leads to", []string{usual(), endpoints("b", 3), toEndpoint("b", 3, "")},
-			clusterWide("a", "1=0.5 2=0.5"),
+			clusterWide("a", "1=0.5 2=0.5", "! RulesMissing"),
 		},
 		{
 			"the jump from PREROUTING missing", []string{usual(), "*nat", "WITHOUT -A PREROUTING"},
@@ -490,7 +490,7 @@ func TestTraps(t *testing.T) {
 			want("a ClusterIP pod: dnat 1=0.5 2=0.5", "a ClusterIP node: none lost=1", "a ClusterIP external: dnat masq 1=0.5 2=0.5", "! HookJumpMissing"),
 		},
 		{
-			"no endpoints", []string{"*filter", `-A KUBE-SERVICES -d 10.96.0.10/32 -p tcp -m comment --comment "shop/a:http has no endpoints" -m tcp --dport 80 -j REJECT --reject-with icmp-port-unreachable`},
+			"no endpoints", []string{nodePorts, "*filter", `-A KUBE-SERVICES -d 10.96.0.10/32 -p tcp -m comment --comment "shop/a:http has no endpoints" -m tcp --dport 80 -j REJECT --reject-with icmp-port-unreachable`},
 			"a ClusterIP pod,node,external: reject lost=1",
 		},
 		{
@@ -613,7 +613,7 @@ func TestTraps(t *testing.T) {
 		{
 			"a chance that never comes, and one that always does", []string{a, endpoints("a", 1, 2, 3),
 				toEndpoint("a", 1, "0.00000000000"), toEndpoint("a", 2, "1.00000000000"), toEndpoint("a", 3, "")},
-			clusterWide("a", "2=1"),
+			clusterWide("a", "2=1", "! a RuleUnreachable"),
 		},
 		{
 			// To the node itself there is no POSTROUTING: the mark does nothing.
@@ -766,7 +766,7 @@ func TestTraps(t *testing.T) {
 			// KUBE-FORWARD lets through what is masqueraded; a pod's own
 			// connection is not.
 			"policy DROP in FORWARD", []string{usual(), "*filter", "DROP FORWARD"},
-			want("a ClusterIP pod: drop lost=1", "a ClusterIP node,external: dnat masq 1=0.5 2=0.5"),
+			want("a ClusterIP pod: drop lost=1", "a ClusterIP node,external: dnat masq 1=0.5 2=0.5", "! a ForeignRule"),
 		},
 		{
 			// Of no interest to where a Service sends connections.

@@ -124,25 +124,15 @@ func (v *View) Packet(from Class, to netip.AddrPort, p netfilter.Protocol) (pack
 	return packet, true
 }
 
-// PacketFrom returns the first packet of a connection from an address. What
-// is the node's own comes from a process on it.
-func (v *View) PacketFrom(source netip.Addr, to netip.AddrPort, p netfilter.Protocol) netfilter.Packet {
-	packet := netfilter.Packet{Source: source, Destination: to.Addr(), Port: to.Port(), Protocol: p, FromHost: v.node.isLocal(source)}
-	if v.node.classOf(source) == Pod && len(v.node.PodInterfaces) > 0 {
+// PacketFrom returns the first packet of a connection from an address, and the
+// class of that source. What is the node's own comes from a process on it.
+func (v *View) PacketFrom(source netip.Addr, to netip.AddrPort, p netfilter.Protocol) (netfilter.Packet, Class) {
+	class := v.node.classOf(source)
+	packet := netfilter.Packet{Source: source, Destination: to.Addr(), Port: to.Port(), Protocol: p, FromHost: class == Host}
+	if class == Pod && len(v.node.PodInterfaces) > 0 {
 		packet.In = v.node.PodInterfaces[0]
 	}
-	return packet
-}
-
-// Class returns the class of a packet's source.
-func (v *View) Class(p netfilter.Packet) Class {
-	switch {
-	case p.FromHost:
-		return Host
-	case p.In != "" && v.node.isPodInterface([]byte(p.In)), v.node.isPod(p.Source):
-		return Pod
-	}
-	return External
+	return packet, class
 }
 
 // detectPods reads the local traffic detector of kube-proxy out of its
@@ -221,6 +211,15 @@ func bypassesPolicy(t *netfilter.Table, c *netfilter.Chain, rule []netfilter.Exp
 func detectLocal(rs *netfilter.Ruleset) []netip.Addr {
 	var out []netip.Addr
 	for _, t := range rs.Tables {
+		if isNFTables(t) {
+			for _, s := range t.Sets() {
+				if s.Name == "nodeport-ips" {
+					for _, k := range s.Keys {
+						out = append(out, k.Addr)
+					}
+				}
+			}
+		}
 		c := t.Lookup("KUBE-SERVICES")
 		if t.Name != "nat" || c == nil {
 			continue
@@ -349,9 +348,16 @@ func candidates(list []string) []candidate {
 func (v *View) podCandidates(f netfilter.Family) []candidate {
 	var out []candidate
 	for _, p := range v.node.PodCIDRs {
-		if netfilter.FamilyOf(p.Addr()) == f {
-			out = append(out, neighbours(p)...)
+		if netfilter.FamilyOf(p.Addr()) != f {
+			continue
 		}
+		// The range may be that of all nodes; this node's bridge knows its part.
+		for _, n := range v.node.Networks {
+			if p.Overlaps(n) && n.Bits() > p.Bits() && !n.IsSingleIP() {
+				out = append(out, neighbours(n)...)
+			}
+		}
+		out = append(out, neighbours(p)...)
 	}
 	if len(out) > 0 {
 		return out
@@ -389,7 +395,7 @@ func neighbours(p netip.Prefix) []candidate {
 	const most = 300
 	var out []candidate
 	p = p.Masked()
-	last := lastAddr(p)
+	last := netfilter.SpanOf(p).To
 	for a, i := last.Prev(), 0; i < most && a.IsValid() && p.Contains(a); a, i = a.Prev(), i+1 {
 		out = append(out, candidate{a, p})
 	}
@@ -402,19 +408,6 @@ func neighbours(p netip.Prefix) []candidate {
 	return out
 }
 
-func lastAddr(p netip.Prefix) netip.Addr {
-	b := p.Addr().AsSlice()
-	for i := range b {
-		for bit := range 8 {
-			if i*8+bit >= p.Bits() {
-				b[i] |= 0x80 >> bit
-			}
-		}
-	}
-	a, _ := netip.AddrFromSlice(b)
-	return a
-}
-
 // world is the result of one walk under one set of assumptions.
 type world struct {
 	assume map[RuleRef]bool
@@ -425,7 +418,6 @@ type world struct {
 // be decided. The ends in a single world belong to the run.
 func (v *View) explore(r *run) []world {
 	r.view = v
-	r.class = v.Class(r.packet)
 	r.family = v.of(netfilter.FamilyOf(r.packet.Destination))
 	r.outcomes()
 	if r.undecided == nil {

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
+	"strconv"
 
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -36,7 +37,7 @@ const (
 )
 
 // flag is what has happened to a packet so far.
-type flag uint8
+type flag uint16
 
 const (
 	notTracked   flag = 1 << iota // by raw NOTRACK: nat is not asked
@@ -46,6 +47,7 @@ const (
 	shadowed                      // a nat rule let it leave before any could rewrite it
 	viaDispatch                   // it entered the chain that run.watch names
 	unresolvedTo                  // the target is a range of addresses
+	doubted                       // an undecidable filter rule was passed over
 )
 
 // state is a part of the connections on its way through the rules: all that
@@ -58,6 +60,7 @@ type state struct {
 	hook     netfilter.Hook
 	flags    flag
 	by       RuleRef // the rule that rewrote the destination, or took the packet out of conntrack
+	ended    RuleRef // the rule that dropped or rejected it
 	path     *step
 }
 
@@ -105,7 +108,9 @@ type run struct {
 	// natOnly takes undecidable matches outside nat and raw as not holding: a
 	// view of all Services is about where they go, not about foreign policies.
 	natOnly bool
-	ignored []RuleRef // undecidable rules beyond maxUnknown, or without a model
+	ignored []RuleRef // undecidable rules beyond maxUnknown, or without a model: the answer may be any
+	// unresolved are rules that rewrite the destination to one of several.
+	unresolved []RuleRef
 
 	watch   *netfilter.Chain // entering it sets viaDispatch
 	tracing bool             // keep paths
@@ -238,17 +243,27 @@ func (r *run) natAsks(h netfilter.Hook, live []state) (asked, skipped []state) {
 // the slice.
 func (r *run) base(b netfilter.BaseChain, live []state) []state {
 	passed := r.take()
-	back := r.chain(b.Table, b.Chain, live, &passed)
 	policy := RuleRef{b.Table, b.Chain, b.Len()}
-	for _, s := range back {
-		if b.Base.Policy == netfilter.Drop {
-			r.note(&s, policy, netfilter.Expr{Kind: netfilter.Drop}, always)
-			r.finish(s, Drop)
-			continue
+	for rest := live; len(rest) > 0; {
+		// The index asks for one destination; states of different ones never join.
+		n := 1
+		for n < len(rest) && rest[n].to == rest[0].to {
+			n++
 		}
-		passed = append(passed, s)
+		back := r.chain(b.Table, b.Chain, append(r.take(), rest[:n]...), &passed)
+		rest = rest[n:]
+		for _, s := range back {
+			if b.Base.Policy == netfilter.Drop && !r.doubtful(&s) {
+				s.ended = policy
+				r.note(&s, policy, netfilter.Expr{Kind: netfilter.Drop}, always)
+				r.finish(s, Drop)
+				continue
+			}
+			passed = append(passed, s)
+		}
+		r.give(back)
 	}
-	r.give(back)
+	r.give(live)
 	return passed
 }
 
@@ -302,6 +317,10 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 // perform does what a matching rule says: its statements, and then its verdict.
 // It returns the share for which the verdict turned out to be none.
 func (r *run) perform(ref RuleRef, rule []netfilter.Expr, p chance, s state, next, back, passed *[]state) Share {
+	if len(rule) == 0 { // it only counts
+		*next = append(*next, s)
+		return Share{}
+	}
 	e := rule[len(rule)-1]
 	for _, st := range rule[:len(rule)-1] {
 		if !st.IsMatch() { // only nf_tables has statements ahead of a verdict
@@ -310,6 +329,9 @@ func (r *run) perform(ref RuleRef, rule []netfilter.Expr, p chance, s state, nex
 	}
 	switch e.Kind {
 	case netfilter.VerdictMap:
+		if ref.Table.Set(e.A).Opaque {
+			r.ignore(ref)
+		}
 		if v, ok := ref.Table.Set(e.A).Lookup(r.setKey(e, &s)); ok {
 			r.act(ref, v.Verdict, p, s, next, back, passed)
 			return Share{}
@@ -389,7 +411,7 @@ func (r *run) matches(ref RuleRef, rule []netfilter.Expr, s *state) (p chance, o
 	bySource := -1
 	for i, e := range rule {
 		if !e.IsMatch() {
-			break
+			continue
 		}
 		if e.Kind == netfilter.Random || e.Kind == netfilter.Nth {
 			p = p.times(chanceOf(e))
@@ -415,7 +437,7 @@ func (r *run) matches(ref RuleRef, rule []netfilter.Expr, s *state) (p chance, o
 		r.sense(ref, rule[bySource])
 		return p, false
 	}
-	if open && !r.suppose(ref, rule) {
+	if open && !r.suppose(ref, rule, s) {
 		return p, false
 	}
 	return p, true
@@ -459,11 +481,12 @@ func (r *run) sense(ref RuleRef, e netfilter.Expr) {
 }
 
 // suppose says how a rule that cannot be decided is taken in this run.
-func (r *run) suppose(ref RuleRef, rule []netfilter.Expr) bool {
+func (r *run) suppose(ref RuleRef, rule []netfilter.Expr, s *state) bool {
 	if last := rule[len(rule)-1]; last.IsMatch() || last.Kind == netfilter.NoEffect {
 		return false // matching or not makes no difference
 	}
 	if r.natOnly && !r.directs() {
+		s.flags |= doubted
 		return false
 	}
 	if taken, ok := r.assume[ref]; ok {
@@ -484,11 +507,16 @@ func (r *run) directs() bool {
 	return b != nil && (b.Type == netfilter.TypeNAT || b.Priority < conntrackPriority)
 }
 
+// ignore notes a rule that might do anything.
 func (r *run) ignore(ref RuleRef) {
-	if !slices.Contains(r.ignored, ref) {
-		r.ignored = append(r.ignored, ref)
+	if !r.natOnly || r.directs() {
+		r.ignored = appendNew(r.ignored, ref)
 	}
 }
+
+// doubtful reports whether it is not sure that a filter drops a connection on
+// its way to an endpoint: a rule that was passed over may have accepted it.
+func (r *run) doubtful(s *state) bool { return r.natOnly && s.has(doubted) && s.has(rewritten) }
 
 // note puts a rule on the path of a state.
 func (r *run) note(s *state, ref RuleRef, effect netfilter.Expr, p chance) {
@@ -520,10 +548,17 @@ func (r *run) act(ref RuleRef, e netfilter.Expr, p chance, s state, next, back, 
 			s.flags |= explicit
 		}
 		*passed = append(*passed, s)
-	case netfilter.Drop:
-		r.finish(s, Drop)
-	case netfilter.Reject:
-		r.finish(s, Reject)
+	case netfilter.Drop, netfilter.Reject:
+		if r.doubtful(&s) {
+			*passed = append(*passed, s)
+			return
+		}
+		s.ended = ref
+		if e.Kind == netfilter.Drop {
+			r.finish(s, Drop)
+		} else {
+			r.finish(s, Reject)
+		}
 	case netfilter.Queue: // whatever program listens there decides
 		r.ignore(ref)
 		*passed = append(*passed, s)
@@ -575,11 +610,17 @@ func (r *run) rewrite(ref RuleRef, e netfilter.Expr, s *state) {
 	switch e.Kind {
 	case netfilter.DNATRange:
 		if to, ok := singleTarget(ref.Chain.Text(e)); ok {
-			addr, port = to.Addr(), cmp.Or(to.Port(), port)
+			if to.Addr().IsValid() {
+				addr = to.Addr()
+			}
+			port = cmp.Or(to.Port(), port)
 			break
 		}
 		s.flags |= unresolvedTo
-		r.ignore(ref)
+		r.unresolved = appendNew(r.unresolved, ref)
+		if e.N == 1 { // a redirect to one of several ports
+			addr = r.view.node.address(r.family.family)
+		}
 	case netfilter.Redirect:
 		if e.N != 0 {
 			port = e.N
@@ -616,6 +657,10 @@ func singleTarget(options []byte) (netip.AddrPort, bool) {
 		return netip.AddrPort{}, false
 	}
 	text, _, _ = bytes.Cut(text, []byte(" "))
+	if port, ok := bytes.CutPrefix(text, []byte(":")); ok {
+		n, err := strconv.ParseUint(string(port), 10, 16)
+		return netip.AddrPortFrom(netip.Addr{}, uint16(n)), err == nil
+	}
 	if to, err := netip.ParseAddrPort(string(text)); err == nil {
 		return to, true
 	}
@@ -626,9 +671,12 @@ func singleTarget(options []byte) (netip.AddrPort, bool) {
 // forgetHairpin takes back that a chain asked for the very address it sends
 // to: that rule marks an endpoint that calls itself, which is no source class.
 func (r *run) forgetHairpin(c *netfilter.Chain, to netip.Addr) {
-	r.sensitive = slices.DeleteFunc(r.sensitive, func(s sensitivity) bool {
-		return s.chain == c && s.prefix.IsSingleIP() && s.prefix.Addr() == to
-	})
+	// They were noted last: the chain ends here.
+	for n := len(r.sensitive) - 1; n >= 0 && r.sensitive[n].chain == c; n-- {
+		if p := r.sensitive[n].prefix; p.IsSingleIP() && p.Addr() == to {
+			r.sensitive = slices.Delete(r.sensitive, n, n+1)
+		}
+	}
 }
 
 // enter follows a jump or goto.

@@ -34,6 +34,7 @@ type Exec struct {
 	programs []Program
 	seed     maphash.Seed
 	last     map[Program]uint64 // what the last read returned, without counters
+	worked   map[Program]bool   // which have been read before
 }
 
 // readTimeout bounds one run of a program. At 50,000 Services, iptables-nft-save
@@ -47,7 +48,7 @@ const maxReads = 4
 // there is none at all.
 func NewExec() (*Exec, error) {
 	var missing []string
-	x := &Exec{seed: maphash.MakeSeed(), last: map[Program]uint64{}}
+	x := &Exec{seed: maphash.MakeSeed(), last: map[Program]uint64{}, worked: map[Program]bool{}}
 	for _, f := range []struct {
 		family   netfilter.Family
 		protocol goiptables.Protocol
@@ -105,11 +106,15 @@ func (x *Exec) Read(ctx context.Context) (*netfilter.Ruleset, error) {
 	var failed []error
 	for _, p := range x.programs {
 		rs, err := x.readProgram(ctx, p)
+		if err != nil && x.worked[p] {
+			return nil, err // half an answer would pass for the whole
+		}
 		if err != nil {
 			failed = append(failed, err)
 			sets = append(sets, &netfilter.Ruleset{Unreadable: []netfilter.Unreadable{{Family: p.Family, Table: "*", Reason: err.Error()}}})
 			continue
 		}
+		x.worked[p] = true
 		sets = append(sets, rs)
 	}
 	rs, err := netfilter.Merge(sets...)

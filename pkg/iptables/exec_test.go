@@ -329,7 +329,7 @@ func lineWith(text, prefix string) string {
 func fake(t *testing.T, bodies ...string) *Exec {
 	t.Helper()
 	dir := t.TempDir()
-	x := &Exec{seed: maphash.MakeSeed(), last: map[Program]uint64{}}
+	x := &Exec{seed: maphash.MakeSeed(), last: map[Program]uint64{}, worked: map[Program]bool{}}
 	for i, body := range bodies {
 		path := filepath.Join(dir, fmt.Sprintf("save%d", i))
 		if err := os.WriteFile(path, []byte("#!/bin/sh\ncd "+dir+"\n"+body+"\n"), 0o755); err != nil {

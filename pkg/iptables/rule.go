@@ -815,7 +815,7 @@ func (p *ruleParser) verdict() error {
 			p.chain.AddText(netfilter.NoEffect, 0, 0, raw)
 			return nil
 		}
-		if unknownTargets[name] || len(words) > 0 {
+		if unknownTargets[name] || len(words) > 0 || isExtensionName(name) {
 			p.chain.AddText(netfilter.UnknownTarget, 0, 0, raw)
 			return nil
 		}
@@ -825,6 +825,17 @@ func (p *ruleParser) verdict() error {
 	}
 	p.chain.Add(netfilter.Expr{Kind: netfilter.Jump, A: uint32(p.table.ID(name))})
 	return nil
+}
+
+// isExtensionName reports whether an undeclared target looks like one of the
+// kernel's modules, which a chain of kube-proxy never does.
+func isExtensionName(name string) bool {
+	for _, r := range name {
+		if (r < 'A' || r > 'Z') && (r < '0' || r > '9') {
+			return false
+		}
+	}
+	return name != ""
 }
 
 func (p *ruleParser) dnat(opts []option, rest []byte) error {

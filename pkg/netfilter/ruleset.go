@@ -5,6 +5,7 @@ import (
 	"fmt"
 	mathbits "math/bits"
 	"net/netip"
+	"slices"
 	"sort"
 )
 
@@ -34,9 +35,10 @@ type Ruleset struct {
 
 // Unreadable is a table that exists but whose rules the reader cannot tell.
 type Unreadable struct {
-	Family Family
-	Table  string
-	Reason string // for people: what happened, where, and what to do
+	Family  Family
+	Backend Backend // "" when not known
+	Table   string
+	Reason  string // for people: what happened, where, and what to do
 }
 
 // Merge puts several rulesets together, such as those of several dumps of one
@@ -55,6 +57,12 @@ func Merge(sets ...*Ruleset) (*Ruleset, error) {
 		out.Unreadable = append(out.Unreadable, s.Unreadable...)
 		out.Torn = out.Torn || s.Torn
 	}
+	// What one dump could not show, another may.
+	out.Unreadable = slices.DeleteFunc(out.Unreadable, func(u Unreadable) bool {
+		return slices.ContainsFunc(out.Tables, func(t *Table) bool {
+			return t.Family == u.Family && t.Name == u.Table && t.Backend == u.Backend
+		})
+	})
 	return out, nil
 }
 

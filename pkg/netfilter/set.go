@@ -44,6 +44,8 @@ type Set struct {
 	// it holds for a new client is nothing.
 	Dynamic bool
 	Timeout time.Duration
+	// Opaque says that its elements are not known.
+	Opaque bool
 
 	Keys     []SetKey // in the order of the source
 	Ranges   []AddrSpan

@@ -4,6 +4,7 @@
 // The way of the data:
 //
 //	nft -j list ruleset ──Parse──▶ netfilter.Ruleset ──RuleText──▶ text as nft prints it
+//	this node's kernel ──Live.Read (netlink)──▶ netfilter.Ruleset
 //
 // kube-proxy writes tables of its own, "ip kube-proxy" and "ip6 kube-proxy",
 // in a layout that changed with v1.30, v1.33, v1.36 and v1.37. Parse knows

@@ -1,7 +1,6 @@
 package nftables
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -47,7 +46,7 @@ func Parse(r io.Reader, name string) (*netfilter.Ruleset, error) {
 	for _, t := range p.order {
 		p.finish(t)
 	}
-	if len(p.rules.Tables) == 0 {
+	if len(p.rules.Tables) == 0 && len(p.rules.Unreadable) == 0 {
 		return nil, fmt.Errorf("%s: holds no table of family ip or ip6 that nft can print in full", name)
 	}
 	return p.rules, nil
@@ -70,9 +69,14 @@ type parser struct {
 	order  []*table
 }
 
-// finish takes a table into the ruleset.
+// finish takes a table into the ruleset. One that nft cannot print in full is
+// said to be unreadable.
 func (p *parser) finish(t *table) {
 	if t.foreign {
+		p.rules.Unreadable = append(p.rules.Unreadable, netfilter.Unreadable{
+			Family: t.Family, Backend: netfilter.BackendNFT, Table: t.Name,
+			Reason: "iptables-nft wrote it, and nft does not print what is in its rules: add what iptables-save prints with another -f",
+		})
 		return
 	}
 	t.Compact()
@@ -102,7 +106,7 @@ func (p *parser) table(raw json.RawMessage) error {
 	}
 	f, ok := families[o.Family]
 	if !ok {
-		return nil // inet, bridge, netdev: kube-proxy writes none
+		return nil // kube-proxy writes none
 	}
 	k := tableName{o.Family, o.Name}
 	if p.tables[k] != nil {
@@ -133,7 +137,6 @@ func (p *parser) set(raw json.RawMessage) error {
 		Family, Table, Name string
 		Type                json.RawMessage
 		Map                 json.RawMessage
-		Flags               json.RawMessage
 		Timeout             int
 		Elem                []json.RawMessage
 	}
@@ -144,15 +147,13 @@ func (p *parser) set(raw json.RawMessage) error {
 	if t == nil || err != nil {
 		return err
 	}
+	// nft 1.0.6 does not print the flag "dynamic": the rules tell which sets
+	// packets add to.
 	s := &netfilter.Set{Name: o.Name, Map: o.Map != nil, Timeout: time.Duration(o.Timeout) * time.Second}
-	// nft 1.0.6 does not print the flag "dynamic"; only such sets have a timeout.
-	s.Dynamic = bytes.Contains(o.Flags, []byte("dynamic")) || bytes.Contains(o.Flags, []byte("timeout"))
 	t.sets[o.Name] = t.AddSet(s)
 	t.types = append(t.types, typeNames(o.Type))
-	if s.Dynamic {
-		return nil
-	}
-	return p.elements(t, s, typeNames(o.Type), o.Elem)
+	p.elements(t, s, typeNames(o.Type), o.Elem)
+	return nil
 }
 
 // element reads elements that are listed apart from their set.
@@ -172,9 +173,7 @@ func (p *parser) element(raw json.RawMessage) error {
 	if !ok {
 		return fmt.Errorf("set %q is not listed", o.Name)
 	}
-	if s := t.Set(n); !s.Dynamic {
-		return p.elements(t, s, t.types[n], o.Elem)
-	}
+	p.elements(t, t.Set(n), t.types[n], o.Elem)
 	return nil
 }
 
@@ -193,32 +192,29 @@ func typeNames(raw json.RawMessage) []string {
 // keyTypes are the element types of which the fields of a key follow.
 var keyTypes = map[string]bool{"ipv4_addr": true, "ipv6_addr": true, "inet_proto": true, "inet_service": true}
 
-// elements puts elements into a set. Those of a type that no rule of
-// kube-proxy asks for are left out.
-func (p *parser) elements(t *table, s *netfilter.Set, types []string, list []json.RawMessage) error {
+// elements puts elements into a set. One with elements that are not understood
+// is opaque: nothing is known of what it holds.
+func (p *parser) elements(t *table, s *netfilter.Set, types []string, list []json.RawMessage) {
 	for _, name := range types {
 		if !keyTypes[name] {
-			s.Dynamic = true // undecidable, but not a part of any Service's rules
-			return nil
+			s.Opaque = true
+			return
 		}
 	}
 	for _, raw := range list {
 		key, verdict, comment, err := splitElement(raw)
+		e := netfilter.SetElement{Comment: comment}
+		if err == nil && s.Map {
+			e.Verdict, err = verdictOf(t, verdict)
+		}
+		if err == nil {
+			err = addKey(s, types, key, e)
+		}
 		if err != nil {
-			return fmt.Errorf("set %q: element %s: %w", s.Name, excerpt(raw), err)
-		}
-		var e netfilter.SetElement
-		e.Comment = comment
-		if s.Map {
-			if e.Verdict, err = verdictOf(t, verdict); err != nil {
-				return fmt.Errorf("map %q: element %s: %w", s.Name, excerpt(raw), err)
-			}
-		}
-		if err := addKey(s, types, key, e); err != nil {
-			return fmt.Errorf("set %q: element %s: %w", s.Name, excerpt(raw), err)
+			s.Opaque = true
+			return
 		}
 	}
-	return nil
 }
 
 // splitElement takes an element apart: a key, or [key, verdict], where the key
@@ -247,6 +243,9 @@ func splitElement(raw json.RawMessage) (key, verdict json.RawMessage, comment st
 // addKey adds one key: a value, a concatenation, a prefix or a range. The types
 // are those of its parts, as far as they are known.
 func addKey(s *netfilter.Set, types []string, raw json.RawMessage, e netfilter.SetElement) error {
+	if len(raw) == 0 {
+		return errors.New("a key is missing")
+	}
 	var o struct {
 		Concat []json.RawMessage
 		Prefix *struct {
@@ -261,6 +260,8 @@ func addKey(s *netfilter.Set, types []string, raw json.RawMessage, e netfilter.S
 		}
 	}
 	switch {
+	case s.Map && (o.Prefix != nil || o.Range != nil):
+		return errors.New("an interval in a verdict map")
 	case o.Prefix != nil:
 		a, err := netip.ParseAddr(o.Prefix.Addr)
 		if err != nil {
@@ -343,6 +344,9 @@ func (p *parser) chain(raw json.RawMessage) error {
 		return err
 	}
 	t, err := p.find(o.Family, o.Table)
+	if o.Family == "inet" && o.Type == "nat" {
+		p.inetNAT(o.Table)
+	}
 	if t == nil || err != nil {
 		return err
 	}
@@ -362,6 +366,18 @@ func (p *parser) chain(raw json.RawMessage) error {
 		c.Base.Policy = netfilter.Drop
 	}
 	return nil
+}
+
+// inetNAT notes that a table of family inet decides on destinations too. Its
+// rules are not read; those of filters there are another matter than a
+// Service's shares.
+func (p *parser) inetNAT(name string) {
+	for _, f := range []netfilter.Family{netfilter.IPv4, netfilter.IPv6} {
+		u := netfilter.Unreadable{Family: f, Table: "inet " + name, Reason: "its nat chains, of family inet, are not read: they may send connections elsewhere before kube-proxy's rules do"}
+		if !slices.Contains(p.rules.Unreadable, u) {
+			p.rules.Unreadable = append(p.rules.Unreadable, u)
+		}
+	}
 }
 
 func (p *parser) rule(raw json.RawMessage) error {

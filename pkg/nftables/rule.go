@@ -43,7 +43,7 @@ func (b *ruleBuilder) expression(raw json.RawMessage) error {
 			return b.vmap(body, raw)
 		case "mangle":
 			return b.mangle(body, raw)
-		case "set", "log", "notrack", "limit", "quota", "xt", "flow", "meter", "last":
+		case "set", "log", "ct count", "notrack", "limit", "quota", "xt", "flow", "meter", "last":
 			return b.other(name, raw)
 		}
 		return b.verdict(name, body, raw)
@@ -54,7 +54,10 @@ func (b *ruleBuilder) expression(raw json.RawMessage) error {
 // other keeps a statement that has no verdict.
 func (b *ruleBuilder) other(name string, raw json.RawMessage) error {
 	switch name {
-	case "set", "log", "last":
+	case "set":
+		b.adds(raw)
+		b.chain.AddText(netfilter.NoEffect, 0, 0, raw)
+	case "log", "last":
 		b.chain.AddText(netfilter.NoEffect, 0, 0, raw)
 	case "notrack":
 		b.chain.AddText(netfilter.NoTrack, 0, 0, raw)
@@ -64,6 +67,19 @@ func (b *ruleBuilder) other(name string, raw json.RawMessage) error {
 		b.unknown(raw)
 	}
 	return nil
+}
+
+// adds notes that packets add elements to a set.
+func (b *ruleBuilder) adds(raw json.RawMessage) {
+	var o struct {
+		Set struct{ Op, Set string }
+	}
+	if json.Unmarshal(raw, &o) != nil || o.Set.Op == "delete" {
+		return
+	}
+	if n, ok := b.table.sets[strings.TrimPrefix(o.Set.Set, "@")]; ok {
+		b.table.Set(n).Dynamic = true
+	}
 }
 
 func (b *ruleBuilder) unknown(raw json.RawMessage) { b.chain.AddText(netfilter.Unknown, 0, 0, raw) }
@@ -99,6 +115,13 @@ type operand struct {
 func (o *operand) field() (f netfilter.Field, protocol string, ok bool) {
 	switch {
 	case o.Payload != nil:
+		isIP := o.Payload.Protocol == "ip" || o.Payload.Protocol == "ip6"
+		switch o.Payload.Field {
+		case "saddr", "daddr":
+			if !isIP {
+				return 0, "", false
+			}
+		}
 		switch o.Payload.Field {
 		case "saddr":
 			return netfilter.FieldSource, "", true
@@ -363,7 +386,10 @@ func (b *ruleBuilder) ct(key string, flags uint8, right json.RawMessage) bool {
 	var number uint32
 	var list []string
 	var one string
+	var set struct{ Set []string }
 	switch {
+	case json.Unmarshal(right, &set) == nil && set.Set != nil:
+		list = set.Set
 	case json.Unmarshal(right, &list) == nil:
 	case json.Unmarshal(right, &one) == nil:
 		list = []string{one}
@@ -504,7 +530,8 @@ func (b *ruleBuilder) vmap(body, raw json.RawMessage) error {
 	} else if list, ok := anonymous(o.Data); ok {
 		var err error
 		if e.A, err = b.anonymousMap(o.Key.types(), list); err != nil {
-			return err
+			b.chain.AddText(netfilter.UnknownTarget, 0, 0, raw)
+			return nil
 		}
 	} else {
 		return errors.New("a map that is neither named nor listed")
@@ -620,7 +647,8 @@ func (b *ruleBuilder) verdict(name string, body, raw json.RawMessage) error {
 		b.chain.AddText(netfilter.Queue, 0, 0, raw)
 	case "dnat":
 		return b.dnat(body)
-	default:
+	default: // it may be a verdict or not
+		b.done = false
 		b.chain.AddText(netfilter.UnknownTarget, 0, 0, raw)
 	}
 	return nil
@@ -630,18 +658,23 @@ func (b *ruleBuilder) verdict(name string, body, raw json.RawMessage) error {
 func (b *ruleBuilder) dnat(body json.RawMessage) error {
 	var o struct {
 		Addr json.RawMessage
-		Port uint16
+		Port json.RawMessage
 	}
 	if err := json.Unmarshal(body, &o); err != nil {
 		return err
 	}
 	var text string
+	var port uint16
+	if o.Port != nil && json.Unmarshal(o.Port, &port) != nil {
+		b.chain.AddText(netfilter.DNATRange, 0, 0, body)
+		return nil
+	}
 	if json.Unmarshal(o.Addr, &text) == nil {
 		a, err := netip.ParseAddr(text)
 		if err != nil {
 			return err
 		}
-		return b.chain.AddDNAT(netip.AddrPortFrom(a, o.Port))
+		return b.chain.AddDNAT(netip.AddrPortFrom(a, port))
 	}
 	var m struct {
 		Map *struct {

@@ -99,8 +99,7 @@ type expected map[outcome]float64
 
 func (w *world) trace(t *testing.T, c cell) *chain.Trace {
 	t.Helper()
-	p := w.view.PacketFrom(w.source(c), c.to, c.service.Protocol)
-	tr, ok := w.view.Trace(p)
+	tr, ok := w.view.Trace(w.view.PacketFrom(w.source(c), c.to, c.service.Protocol))
 	if !ok {
 		t.Fatalf("%s: no table of the family", c)
 	}

@@ -1,0 +1,235 @@
+package nfnetlink
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// bufferSize is what the kernel fills at most with one part of a dump: it makes
+// each of min(buffer, 32 KiB) (netlink_recvmsg in net/netlink/af_netlink.c), so
+// that more is never used, and less means more system calls.
+const bufferSize = 32 << 10
+
+// receiveTimeout bounds the wait for an answer. The kernel answers at once; the
+// bound is for a kernel that does not answer at all.
+const receiveTimeout = 30 // seconds
+
+// Sizes of struct nlmsghdr and struct nfgenmsg (linux/netlink.h and
+// linux/netfilter/nfnetlink.h).
+const (
+	messageHeader   = 16
+	netfilterHeader = 4
+)
+
+// ErrInterrupted says that what was dumped changed meanwhile: parts of it may
+// be missing or stand there twice (NLM_F_DUMP_INTR).
+var ErrInterrupted = errors.New("the rules changed during the dump")
+
+// Conn is a netlink connection to the nf_tables of one network namespace. Its
+// errors wrap the kernel's error number. Not safe for concurrent use.
+type Conn struct {
+	fd      int
+	seq     uint32
+	request []byte // reused
+	buf     []byte // reused
+}
+
+// Dial connects to the network namespace of the calling thread: the kernel ties
+// a socket to the namespace of the thread that makes it. Afterwards the Conn
+// may be used on any thread.
+func Dial() (*Conn, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return nil, fmt.Errorf("opening a netlink socket: %w", err)
+	}
+	// Connected to port 0, the kernel, nobody else can send to the socket.
+	if err := unix.Connect(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("connecting a netlink socket: %w", err)
+	}
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: receiveTimeout}); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("bounding the wait on a netlink socket: %w", err)
+	}
+	return &Conn{fd: fd, buf: make([]byte, bufferSize)}, nil
+}
+
+// Close closes the connection.
+func (c *Conn) Close() error { return unix.Close(c.fd) }
+
+// Dump asks nf_tables for all objects of a kind (a GET of enum
+// nf_tables_msg_types) and of a family (NFPROTO_*) that the attributes name,
+// and calls each with the attributes of every one. They are valid during the
+// call only. Errors of each end the calls and are returned; ErrInterrupted is
+// returned behind the last call.
+//
+// What is not there may be an empty success: the kernel dumps no rules for a
+// chain that does not exist. Only [Conn.Generation] tells whether it was there.
+func (c *Conn) Dump(kind int, family uint8, attrs []byte, each func(attrs []byte) error) error {
+	if err := c.send(kind, family, unix.NLM_F_DUMP, attrs); err != nil {
+		return err
+	}
+	interrupted := false
+	var failed error // a dump is read to its end: only one may run on a socket
+	for {
+		part, err := c.receive()
+		if err != nil {
+			return err
+		}
+		for len(part) > 0 {
+			var m message
+			if m, part, err = cutMessage(part); err != nil {
+				return err
+			}
+			if m.seq != c.seq {
+				continue
+			}
+			interrupted = interrupted || m.flags&unix.NLM_F_DUMP_INTR != 0
+			switch {
+			case m.typ == unix.NLMSG_ERROR || m.typ == unix.NLMSG_DONE:
+				if err := m.errno(); err != nil {
+					return err
+				}
+				if failed == nil && interrupted {
+					return ErrInterrupted
+				}
+				return failed
+			case m.typ < unix.NLMSG_MIN_TYPE || failed != nil:
+			default:
+				attrs, err := m.attrs()
+				if err != nil {
+					return err
+				}
+				failed = each(attrs)
+			}
+		}
+	}
+}
+
+// Get asks nf_tables for one object and returns its attributes, which are valid
+// until the next call.
+func (c *Conn) Get(kind int, family uint8, attrs []byte) ([]byte, error) {
+	if err := c.send(kind, family, 0, attrs); err != nil {
+		return nil, err
+	}
+	for {
+		part, err := c.receive()
+		if err != nil {
+			return nil, err
+		}
+		for len(part) > 0 {
+			var m message
+			if m, part, err = cutMessage(part); err != nil {
+				return nil, err
+			}
+			if m.seq != c.seq {
+				continue
+			}
+			if m.typ == unix.NLMSG_ERROR {
+				if err := m.errno(); err != nil {
+					return nil, err
+				}
+				return nil, errors.New("netlink: an acknowledgement where an object was asked for")
+			}
+			return m.attrs()
+		}
+	}
+}
+
+// Generation returns the number of the namespace's ruleset, which every
+// transaction on any of its tables increases. It takes some three microseconds.
+func (c *Conn) Generation() (uint32, error) {
+	b, err := c.Get(unix.NFT_MSG_GETGEN, unix.NFPROTO_UNSPEC, nil)
+	if err != nil {
+		return 0, err
+	}
+	var a [unix.NFTA_GEN_ID + 1][]byte
+	Collect(b, a[:])
+	id, ok := Uint32(a[unix.NFTA_GEN_ID])
+	if !ok {
+		return 0, errors.New("netlink: a ruleset generation without a number")
+	}
+	return id, nil
+}
+
+func (c *Conn) send(kind int, family uint8, flags uint16, attrs []byte) error {
+	c.seq++
+	native := binary.NativeEndian
+	b := native.AppendUint32(c.request[:0], uint32(messageHeader+netfilterHeader+len(attrs)))
+	b = native.AppendUint16(b, uint16(unix.NFNL_SUBSYS_NFTABLES<<8|kind))
+	b = native.AppendUint16(b, unix.NLM_F_REQUEST|flags)
+	b = native.AppendUint32(b, c.seq)
+	b = native.AppendUint32(b, 0)                  // from: the kernel fills it in
+	b = append(b, family, unix.NFNETLINK_V0, 0, 0) // nfgenmsg
+	c.request = append(b, attrs...)
+	for {
+		_, err := unix.Write(c.fd, c.request)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, syscall.EINTR) {
+			return fmt.Errorf("asking over netlink: %w", err)
+		}
+	}
+}
+
+// receive returns the next messages. read(2) instead of recvmsg(2) saves making
+// an address for each; the kernel cuts no dump part that fits the buffer.
+func (c *Conn) receive() ([]byte, error) {
+	for {
+		n, err := unix.Read(c.fd, c.buf)
+		switch {
+		case err == nil && n == len(c.buf):
+			return nil, errors.New("netlink: a message longer than any of nf_tables")
+		case err == nil:
+			return c.buf[:n], nil
+		case errors.Is(err, syscall.EAGAIN):
+			return nil, fmt.Errorf("the kernel has not answered over netlink for %d seconds", receiveTimeout)
+		case !errors.Is(err, syscall.EINTR):
+			return nil, fmt.Errorf("reading from netlink: %w", err)
+		}
+	}
+}
+
+// message is one netlink message.
+type message struct {
+	typ, flags uint16
+	seq        uint32
+	body       []byte
+}
+
+func cutMessage(b []byte) (m message, rest []byte, err error) {
+	native := binary.NativeEndian
+	if len(b) < messageHeader {
+		return m, nil, errors.New("netlink: a cut message")
+	}
+	n := int(native.Uint32(b))
+	if n < messageHeader || n > len(b) {
+		return m, nil, errors.New("netlink: a cut message")
+	}
+	m = message{typ: native.Uint16(b[4:]), flags: native.Uint16(b[6:]), seq: native.Uint32(b[8:]), body: b[messageHeader:n:n]}
+	return m, b[min(align(n), len(b)):], nil
+}
+
+// attrs returns what stands behind the nfgenmsg.
+func (m message) attrs() ([]byte, error) {
+	if len(m.body) < netfilterHeader {
+		return nil, errors.New("netlink: a message without a netfilter header")
+	}
+	return m.body[netfilterHeader:], nil
+}
+
+// errno returns the error of an NLMSG_ERROR or NLMSG_DONE, nil for success.
+func (m message) errno() error {
+	if len(m.body) < 4 {
+		return nil // a DONE need not say anything
+	}
+	if code := int32(binary.NativeEndian.Uint32(m.body)); code < 0 {
+		return syscall.Errno(-code)
+	}
+	return nil
+}

@@ -1,0 +1,96 @@
+// Package nfnetlink asks the kernel about netfilter over netlink
+// (NETLINK_NETFILTER): the part that every reader of nf_tables needs, and no
+// more.
+//
+//	Dial ──▶ Conn ──Dump, Get──▶ attributes of each message ──Next, Collect──▶ reader
+//
+// A [Conn] only asks. It has no way to send a batch, which is what changes
+// rules, and its callers send no *_RESET message, which would zero counters.
+//
+// The attribute functions are pure, work on every OS and never trust a length.
+package nfnetlink
+
+import "encoding/binary"
+
+// typeMask takes NLA_F_NESTED and NLA_F_NET_BYTEORDER off an attribute's type
+// (NLA_TYPE_MASK in linux/netlink.h).
+const typeMask = 0x3fff
+
+const attrHeader = 4 // struct nlattr: length and type, 16 bits each
+
+// Next splits the first attribute off b. It returns ok false when b does not
+// begin with a whole attribute; for an empty b, too.
+func Next(b []byte) (typ uint16, data, rest []byte, ok bool) {
+	if len(b) < attrHeader {
+		return 0, nil, nil, false
+	}
+	n := int(binary.NativeEndian.Uint16(b))
+	if n < attrHeader || n > len(b) {
+		return 0, nil, nil, false
+	}
+	return binary.NativeEndian.Uint16(b[2:]) & typeMask, b[attrHeader:n:n], b[min(align(n), len(b)):], true
+}
+
+// Collect puts the attributes of b into a slice that the type indexes; nil
+// stands for one that is not there. It returns false when b holds more than
+// that: bytes that are no attribute, a type beyond the slice, or a type twice.
+// What is known is collected nevertheless.
+func Collect(b []byte, into [][]byte) bool {
+	clear(into)
+	whole := true
+	for len(b) > 0 {
+		typ, data, rest, ok := Next(b)
+		if !ok {
+			return false
+		}
+		b = rest
+		if int(typ) >= len(into) || into[typ] != nil {
+			whole = false
+			continue
+		}
+		into[typ] = data
+	}
+	return whole
+}
+
+// AppendString appends an attribute that holds a text, with the zero byte that
+// the kernel wants behind it.
+func AppendString(b []byte, typ uint16, s string) []byte {
+	n := attrHeader + len(s) + 1
+	b = binary.NativeEndian.AppendUint16(b, uint16(n))
+	b = binary.NativeEndian.AppendUint16(b, typ)
+	b = append(append(b, s...), 0)
+	for range align(n) - n {
+		b = append(b, 0)
+	}
+	return b
+}
+
+// Uint32 reads a number of nf_tables, which are big endian; ok is false when
+// the attribute is missing or not of that length.
+func Uint32(b []byte) (v uint32, ok bool) {
+	if len(b) != 4 {
+		return 0, false
+	}
+	return binary.BigEndian.Uint32(b), true
+}
+
+// Uint64 is [Uint32] for 64 bits.
+func Uint64(b []byte) (v uint64, ok bool) {
+	if len(b) != 8 {
+		return 0, false
+	}
+	return binary.BigEndian.Uint64(b), true
+}
+
+// String returns the text of an attribute, which ends at the first zero byte.
+func String(b []byte) []byte {
+	for i, c := range b {
+		if c == 0 {
+			return b[:i]
+		}
+	}
+	return b
+}
+
+func align(n int) int { return (n + 3) &^ 3 }

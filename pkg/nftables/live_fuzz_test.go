@@ -1,0 +1,187 @@
+package nftables
+
+import (
+	"encoding/binary"
+	"testing"
+
+	"github.com/natlens/natlens/pkg/internal/nfnetlink"
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// attr makes an attribute of parts.
+func attr(typ uint16, parts ...[]byte) []byte {
+	n := 4
+	for _, p := range parts {
+		n += len(p)
+	}
+	b := binary.NativeEndian.AppendUint16(nil, uint16(n))
+	b = binary.NativeEndian.AppendUint16(b, typ)
+	for _, p := range parts {
+		b = append(b, p...)
+	}
+	for len(b)%4 != 0 {
+		b = append(b, 0)
+	}
+	return b
+}
+
+func attr32(typ uint16, v uint32) []byte { return attr(typ, binary.BigEndian.AppendUint32(nil, v)) }
+
+func attrText(typ uint16, s string) []byte { return nfnetlink.AppendString(nil, typ, s) }
+
+// expr makes an expression of a rule.
+func expr(name string, attrs ...[]byte) []byte {
+	return attr(nftaListElem, attrText(nftaExprName, name), attr(nftaExprData, attrs...))
+}
+
+// elements makes the elements of a map from random numbers to addresses.
+func elements(n int, data func(i int) []byte) (list []byte) {
+	for i := range n {
+		key := attr(nftaDataValue, binary.NativeEndian.AppendUint32(nil, uint32(i)))
+		list = append(list, attr(nftaListElem, attr(nftaElemKey, key), attr(nftaElemData, data(i)))...)
+	}
+	return list
+}
+
+// decodeAll decodes a table of one chain, two sets and one rule.
+func decodeAll(f netfilter.Family, set, named, expressions, userData []byte) *liveDecoder {
+	d := newLiveDecoder(netfilter.NewTable(f, kubeProxyTable, netfilter.BackendNFTables))
+	table := attrText(nftaChainTable, kubeProxyTable)
+	for _, name := range []string{"c", "d"} {
+		d.addChain(append(append([]byte{}, table...), attrText(nftaChainName, name)...))
+	}
+	addr := uint32(typeIPv4)
+	size := uint32(4)
+	if f == netfilter.IPv6 {
+		addr, size = uint32(typeIPv6), 16
+	}
+	for _, s := range []struct {
+		name              string
+		flags, key, n     uint32
+		dataType, dataLen uint32
+		elements          []byte
+	}{
+		{"ips", setInterval, addr, size, 0, 0, named},
+		{"clients", setTimeout | setEval, addr, size, 0, 0, nil},
+		{"m", setMap, addr<<12 | uint32(typeProtocol)<<6 | uint32(typePort), size + 8, dataVerdict, 16, named},
+		{"__map0", setAnonymous | setMap, 4, 4, addr<<6 | uint32(typePort), size + 4, set},
+		{"__map1", setAnonymous | setMap, 4, 4, dataVerdict, 16, set},
+		{"__set0", setAnonymous | setInterval, addr, size, 0, 0, set},
+	} {
+		var b []byte
+		for _, a := range [][]byte{
+			attrText(nftaSetTable, kubeProxyTable), attrText(nftaSetName, s.name), attr32(nftaSetFlags, s.flags), attr32(nftaSetKeyType, s.key),
+			attr32(nftaSetKeyLen, s.n), attr32(nftaSetDataType, s.dataType), attr32(nftaSetDataLen, s.dataLen),
+		} {
+			b = append(b, a...)
+		}
+		d.addSet(b)
+		if ls := d.sets[s.name]; ls.wanted(false) {
+			d.addElements(ls, s.elements)
+			d.finishSet(ls)
+		}
+	}
+	rule := append(append([]byte{}, table...), attrText(nftaRuleChain, "c")...)
+	rule = append(rule, attr(nftaRuleExpressions, expressions)...)
+	d.addRule(append(rule, attr(nftaRuleUserData, userData)...))
+	d.table.Compact()
+	return d
+}
+
+// fuzzRules are expressions as nft writes them.
+func fuzzRules() map[string][]byte {
+	join := func(parts ...[]byte) (out []byte) {
+		for _, p := range parts {
+			out = append(out, p...)
+		}
+		return out
+	}
+	verdict := func(code int32, chain string) []byte {
+		parts := [][]byte{attr32(nftaVerdictCode, uint32(code))}
+		if chain != "" {
+			parts = append(parts, attrText(nftaVerdictChain, chain))
+		}
+		return expr("immediate", attr32(1, 0), attr(2, attr(nftaDataVerdict, parts...)))
+	}
+	load := func(base, offset, n, register uint32) []byte {
+		return expr("payload", attr32(1, register), attr32(2, base), attr32(3, offset), attr32(4, n))
+	}
+	cmp := func(op uint32, data ...byte) []byte {
+		return expr("cmp", attr32(1, 1), attr32(2, op), attr(3, attr(nftaDataValue, data)))
+	}
+	numgen := expr("numgen", attr32(1, 1), attr32(2, 3), attr32(3, 1), attr32(4, 0))
+	return map[string][]byte{
+		"ip saddr 10.0.0.0/8 jump d":                                   join(load(1, 12, 1, 1), cmp(0, 10), verdict(verdictJump, "d")),
+		"th dport 1-1024 drop":                                         join(load(2, 2, 2, 1), cmp(5, 0, 1), cmp(3, 4, 0), verdict(verdictDrop, "")),
+		"ip daddr . meta l4proto . th dport vmap @m":                   join(load(1, 16, 4, 1), expr("meta", attr32(1, 9), attr32(2, metaL4Proto)), load(2, 2, 2, 10), expr("lookup", attrText(1, "m"), attr32(2, 1), attr32(3, 0))),
+		"dnat ip to numgen random mod 3 map { 3× 10.0.0.1:80 }":        join(numgen, expr("lookup", attrText(1, "__map0"), attr32(2, 1), attr32(3, 1)), expr("nat", attr32(1, 1), attr32(2, 2), attr32(3, 1), attr32(4, 1), attr32(5, 9), attr32(6, 9), attr32(7, 3))),
+		"ip saddr @clients drop":                                       join(load(1, 12, 4, 1), expr("lookup", attrText(1, "clients"), attr32(2, 1)), verdict(verdictDrop, "")),
+		"meta mark set meta mark | 0x00004000":                         join(expr("meta", attr32(1, 1), attr32(2, metaMark)), expr("bitwise", attr32(1, 1), attr32(2, 1), attr32(3, 4), attr(4, attr(1, binary.NativeEndian.AppendUint32(nil, ^uint32(0x4000)))), attr(5, attr(1, binary.NativeEndian.AppendUint32(nil, 0x4000)))), expr("meta", attr32(2, metaMark), attr32(3, 1))),
+		`{"undecoded": "payload of 4 bytes at 12 of header 1"} accept`: join(load(1, 12, 4, 1), verdict(verdictAccept, "")),
+		// A port behind what a shorter load left.
+		`{"undecoded": "payload of 4 bytes at 16 of header 1"} {"undecoded": "vmap: lookup in @m"}`: join(load(1, 16, 4, 1), load(1, 12, 8, 8), expr("meta", attr32(1, 9), attr32(2, metaL4Proto)), load(2, 2, 2, 10), expr("lookup", attrText(1, "m"), attr32(2, 1), attr32(3, 0))),
+		`{"undecoded": "new"}`:  expr("new"),
+		`{"undecoded": "list"}`: {1},
+	}
+}
+
+func dnatData(int) []byte { return attr(nftaDataValue, []byte{10, 0, 0, 1, 0, 80, 0, 0}) }
+
+func TestLiveDecode(t *testing.T) {
+	for want, b := range fuzzRules() {
+		d := decodeAll(netfilter.IPv4, elements(3, dnatData), nil, b, []byte("\x00\x03no\x00"))
+		got := RuleText(d.table, d.table.Lookup("c"), 0)
+		if want := "c: " + want + ` comment "no"`; got != want {
+			t.Errorf(" got %s\nwant %s", got, want)
+		}
+	}
+}
+
+// FuzzLiveDecode wants the decoder to hold whatever a message says.
+func FuzzLiveDecode(f *testing.F) {
+	for _, b := range fuzzRules() {
+		f.Add(false, elements(3, dnatData), elements(1, dnatData), b, []byte("\x00\x03no\x00"))
+		f.Add(true, []byte{}, elements(2, dnatData), b, []byte{0, 9})
+	}
+	f.Fuzz(func(t *testing.T, ipv6 bool, set, named, expressions, userData []byte) {
+		if len(set)+len(named)+len(expressions)+len(userData) > 1<<15 {
+			return
+		}
+		family := netfilter.IPv4
+		if ipv6 {
+			family = netfilter.IPv6
+		}
+		d := decodeAll(family, set, named, expressions, userData)
+		table := d.table
+		table.Digest()
+		c := table.Lookup("c")
+		if c.Len() != 1 {
+			t.Fatalf("%d rules", c.Len())
+		}
+		RuleText(table, c, 0)
+		rule := c.Rule(0)
+		for i, e := range rule {
+			switch {
+			case e.Kind >= netfilter.Jump && e.Kind != netfilter.UnknownTarget && i != len(rule)-1:
+				t.Errorf("a verdict ahead of the end: %s", RuleText(table, c, 0))
+			case e.Kind == netfilter.Choose:
+				n := uint32(0)
+				for _, choice := range c.Choices(e) {
+					n += choice.Count
+				}
+				if n > e.B {
+					t.Errorf("%d of %d numbers", n, e.B)
+				}
+			}
+		}
+		if len(expressions) > 0 && len(rule) == 0 {
+			for b := expressions; len(b) > 0; {
+				typ, _, rest, ok := nfnetlink.Next(b)
+				if !ok || typ != nftaListElem {
+					t.Fatal("bytes that are no list are no part of the rule")
+				}
+				b = rest
+			}
+		}
+	})
+}
