@@ -278,6 +278,10 @@ func settings(node, ipv6 bool) []setting {
 		both("ipv6", "accept_ra", "0")
 		// Addresses, the link-local ones too, are usable at once.
 		both("ipv6", "accept_dad", "0")
+	} else if _, err := os.Stat("/proc/sys/net/ipv6"); err == nil {
+		// Otherwise the kernel announces itself to its neighbours now and then,
+		// and rules count that.
+		both("ipv6", "disable_ipv6", "1")
 	}
 	return list
 }

@@ -44,8 +44,10 @@ func newNode(t *testing.T, programs ...string) *nodebox.Box {
 		}
 	}
 	b, err := nodebox.New(nodebox.Config{
-		NodeAddrs:    []netip.Prefix{netip.MustParsePrefix("10.146.0.2/24"), netip.MustParsePrefix("fd00:146::2/64")},
-		OutsideAddrs: []netip.Prefix{netip.MustParsePrefix("10.146.0.100/24"), netip.MustParsePrefix("fd00:146::100/64")},
+		// Without IPv6 addresses, nothing is sent but what a test sends: counters
+		// stand still. Rules of IPv6 can be loaded all the same.
+		NodeAddrs:    []netip.Prefix{netip.MustParsePrefix("10.146.0.2/24")},
+		OutsideAddrs: []netip.Prefix{netip.MustParsePrefix("10.146.0.100/24")},
 	})
 	if errors.Is(err, syscall.EPERM) {
 		unable(t, "%v", err)
