@@ -120,9 +120,6 @@ const (
 	nftContinue, nftBreak, nftJump, nftGoto, nftReturn int32 = -1, -2, -3, -4, -5
 )
 
-// nftRegisters is the number of registers of 32 bits (NFT_REG32_00 to _15).
-const nftRegisters = 16
-
 // nftDecoder decodes the rules of one table. Its memory is reused from rule to
 // rule.
 type nftDecoder struct {
@@ -133,7 +130,7 @@ type nftDecoder struct {
 	targets map[string]netfilter.ChainID // chains, for jumps
 
 	values  []nftValue
-	regs    [nftRegisters]int // index into values, plus 1; 0 when not known
+	regs    [nfnetlink.Registers]int // index into values, plus 1; 0 when not known
 	items   []nftItem
 	text    []byte // of the items
 	desc    []byte // scratch
@@ -161,7 +158,7 @@ func newNFTDecoder(t *netfilter.Table) *nftDecoder {
 func (d *nftDecoder) rule(c *netfilter.Chain, expressions, userData []byte) {
 	d.xt.chain = c
 	d.values, d.items, d.text = d.values[:0], d.items[:0], d.text[:0]
-	d.regs, d.counter, d.counted = [nftRegisters]int{}, netfilter.Counter{}, 0
+	d.regs, d.counter, d.counted = [nfnetlink.Registers]int{}, netfilter.Counter{}, 0
 	for len(expressions) > 0 {
 		typ, elem, rest, ok := nfnetlink.Next(expressions)
 		if !ok {
@@ -188,21 +185,19 @@ func (d *nftDecoder) rule(c *netfilter.Chain, expressions, userData []byte) {
 }
 
 // comment reads the comment that iptables up to 1.8.2, and nft, keep in the
-// rule's user data: lists of type, length and value (enum
-// nftnl_udata_rule_types). iptables-save prints it behind the other matches.
+// rule's user data. iptables-save prints it behind the other matches.
 func (d *nftDecoder) comment(userData []byte) {
 	const comment = 0 // NFTNL_UDATA_RULE_COMMENT
-	for len(userData) >= 2 {
-		typ, n := userData[0], int(userData[1])
-		userData = userData[2:]
-		if n > len(userData) {
+	for {
+		typ, data, rest, ok := nfnetlink.NextUserData(userData)
+		if !ok {
 			return
 		}
-		if typ == comment && n > 0 {
-			d.addText(netfilter.Expr{Kind: netfilter.Comment}, nfnetlink.String(userData[:n]))
+		userData = rest
+		if typ == comment && len(data) > 0 {
+			d.addText(netfilter.Expr{Kind: netfilter.Comment}, nfnetlink.String(data))
 			d.beforeTargets()
 		}
-		userData = userData[n:]
 	}
 }
 
@@ -282,7 +277,7 @@ func (d *nftDecoder) expression(name, b []byte) {
 // unclear adds an expression that may be a match, a statement or a verdict, and
 // may write any register.
 func (d *nftDecoder) unclear(name string) {
-	d.regs = [nftRegisters]int{}
+	d.regs = [nfnetlink.Registers]int{}
 	d.desc = append(d.desc[:0], name...)
 	d.addUndecoded(netfilter.UnknownTarget)
 }
@@ -328,25 +323,13 @@ func (d *nftDecoder) intern(name []byte) string {
 	return s
 }
 
-// slot returns the first word of a register: NFT_REG_1 to 4 are four words
-// each, NFT_REG32_00 to 15 one. NFT_REG_VERDICT is none.
-func slot(register uint32) (int, bool) {
-	switch {
-	case register >= 1 && register <= 4:
-		return int(register-1) * 4, true
-	case register >= 8 && register < 8+nftRegisters:
-		return int(register - 8), true
-	}
-	return 0, false
-}
-
 // store puts a value of so many bytes into a register.
 func (d *nftDecoder) store(register uint32, size int, v nftValue) bool {
-	first, ok := slot(register)
+	first, ok := nfnetlink.Slot(register)
 	if !ok {
 		return false
 	}
-	v.slot, v.wide = first, min(max((size+3)/4, 1), nftRegisters-first)
+	v.slot, v.wide = first, nfnetlink.Words(size, first)
 	d.values = append(d.values, v)
 	for i := range v.wide {
 		d.regs[first+i] = len(d.values)
@@ -357,12 +340,12 @@ func (d *nftDecoder) store(register uint32, size int, v nftValue) bool {
 // value returns what a register holds, nil when that is not one value of at
 // least that many bytes. What it finds counts as used.
 func (d *nftDecoder) value(register uint32, size int) *nftValue {
-	first, ok := slot(register)
+	first, ok := nfnetlink.Slot(register)
 	if !ok {
 		return nil
 	}
 	var found *nftValue
-	for i := range min(max((size+3)/4, 1), nftRegisters-first) {
+	for i := range nfnetlink.Words(size, first) {
 		n := d.regs[first+i]
 		if n == 0 {
 			found = nil
@@ -423,7 +406,7 @@ func (d *nftDecoder) payload(b []byte) bool {
 	v.a, ok2 = d.number(base)
 	v.b, ok3 = d.number(offset)
 	v.size, ok4 = d.number(length)
-	if !ok1 || !ok2 || !ok3 || !ok4 || v.size == 0 || v.size > 4*nftRegisters {
+	if !ok1 || !ok2 || !ok3 || !ok4 || v.size == 0 || v.size > 4*nfnetlink.Registers {
 		return false
 	}
 	return d.store(register, int(v.size), v)
@@ -659,7 +642,7 @@ func (d *nftDecoder) bitwise(b []byte) bool {
 	to, ok2 := d.number(dreg)
 	n, ok3 := d.number(length)
 	o, ok4 := d.number(op)
-	if !ok1 || !ok2 || !ok3 || !ok4 || n == 0 || n > 4*nftRegisters {
+	if !ok1 || !ok2 || !ok3 || !ok4 || n == 0 || n > 4*nfnetlink.Registers {
 		return false
 	}
 	v := d.value(from, int(n))
@@ -1151,10 +1134,10 @@ func (d *nftDecoder) lookup(b []byte) bool {
 		return false
 	}
 	d.desc = append(d.desc[:0], "lookup"...)
-	if first, ok := slot(from); ok {
+	if first, ok := nfnetlink.Slot(from); ok {
 		// How many registers the key takes, only the set tells.
 		var last *nftValue
-		for i := first; i < nftRegisters && d.regs[i] != 0; i++ {
+		for i := first; i < nfnetlink.Registers && d.regs[i] != 0; i++ {
 			if v := &d.values[d.regs[i]-1]; v != last && !v.used {
 				d.desc = v.appendName(append(d.desc, ' '))
 				v.used, last = true, v
@@ -1167,7 +1150,7 @@ func (d *nftDecoder) lookup(b []byte) bool {
 		return true
 	}
 	d.addUndecoded(netfilter.Unknown)
-	return !hasDreg || d.store(to, 4*nftRegisters, nftValue{load: loadOther, name: "lookup", used: true})
+	return !hasDreg || d.store(to, 4*nfnetlink.Registers, nftValue{load: loadOther, name: "lookup", used: true})
 }
 
 // port returns the port that a register was given; ok is false when it was not
@@ -1186,18 +1169,37 @@ func (d *nftDecoder) portRange(r *natRange, from, to int) bool {
 	if d.attrs[from] == nil {
 		return d.attrs[to] == nil
 	}
-	lo, ok1 := d.number(from)
-	hi, ok2 := lo, true
+	var ok bool
+	r.minPort, r.maxPort, ok = ends(d, from, to, d.port)
+	r.flags |= natPorts
+	return ok
+}
+
+// addrRange is portRange for addresses.
+func (d *nftDecoder) addrRange(r *natRange, from, to int) bool {
+	if d.attrs[from] == nil {
+		return d.attrs[to] == nil
+	}
+	var ok bool
+	r.minAddr, r.maxAddr, ok = ends(d, from, to, d.address)
+	r.flags |= natIPs
+	return ok
+}
+
+// ends reads the registers that two attributes name; without the second, both
+// ends are the same.
+func ends[T any](d *nftDecoder, from, to int, constant func(register uint32) (T, bool)) (low, high T, ok bool) {
+	first, ok1 := d.number(from)
+	last, ok2 := first, true
 	if d.attrs[to] != nil {
-		hi, ok2 = d.number(to)
+		last, ok2 = d.number(to)
 	}
 	if !ok1 || !ok2 {
-		return false
+		return low, high, false
 	}
-	r.minPort, ok1 = d.port(lo)
-	r.maxPort, ok2 = d.port(hi)
-	r.flags |= natPorts
-	return ok1 && ok2
+	low, ok1 = constant(first)
+	high, ok2 = constant(last)
+	return low, high, ok1 && ok2
 }
 
 // masquerade reads masq or redir.
@@ -1259,25 +1261,6 @@ func (d *nftDecoder) nat(b []byte) bool {
 	}
 	d.addText(it.expr, []byte(option+" "+all+" --undecoded"))
 	return true
-}
-
-// addrRange is portRange for addresses.
-func (d *nftDecoder) addrRange(r *natRange, from, to int) bool {
-	if d.attrs[from] == nil {
-		return d.attrs[to] == nil
-	}
-	lo, ok1 := d.number(from)
-	hi, ok2 := lo, true
-	if d.attrs[to] != nil {
-		hi, ok2 = d.number(to)
-	}
-	if !ok1 || !ok2 {
-		return false
-	}
-	r.minAddr, ok1 = d.address(lo)
-	r.maxAddr, ok2 = d.address(hi)
-	r.flags |= natIPs
-	return ok1 && ok2
 }
 
 // address returns the address that a register was given.

@@ -4,7 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/natlens/natlens/pkg/internal/nfnetlink"
 	"github.com/natlens/natlens/pkg/netfilter"
@@ -23,13 +24,6 @@ import (
 // The zero value is ready for use.
 type NFT struct{}
 
-// Messages of enum nf_tables_msg_types, and families of linux/netfilter.h.
-const (
-	nftGetTable, nftGetChain, nftGetRule = 1, 4, 7
-
-	nfprotoIPv4, nfprotoIPv6 = 2, 10
-)
-
 // wholeTable is how many rules, and jumps to its chains, a table may have at most
 // to be dumped at once.
 // The kernel walks a table's rules from the first for each 32 KiB of a dump
@@ -44,43 +38,11 @@ var wholeTable uint64 = 8000
 // the rules keep changing, the result is Torn. An error means that nothing
 // could be read, and wraps the kernel's error number.
 func (n *NFT) Read(ctx context.Context) (*netfilter.Ruleset, error) {
-	conn, err := nfnetlink.Dial()
-	if err != nil {
-		if errors.Is(err, syscall.EPROTONOSUPPORT) {
-			return &netfilter.Ruleset{}, nil // a kernel without netfilter's netlink: there are no tables
-		}
-		return nil, nftError(err)
-	}
-	defer conn.Close()
-	if ok, err := conn.Supported(); err != nil {
-		return nil, nftError(err)
-	} else if !ok {
-		return &netfilter.Ruleset{}, nil
-	}
-	var r nftReader
-	settled, err := conn.Settle(ctx, func() (uint64, bool, error) {
-		r = nftReader{conn: conn, rules: &netfilter.Ruleset{}}
-		if err := r.read(ctx); err != nil {
-			return 0, false, err
-		}
-		var digest uint64
-		for _, t := range r.rules.Tables {
-			digest = digest*31 + t.Digest()
-		}
-		return digest, r.changed, nil
+	return nfnetlink.Read(ctx, func(conn *nfnetlink.Conn) (*netfilter.Ruleset, bool, error) {
+		r := nftReader{conn: conn, rules: &netfilter.Ruleset{}}
+		err := r.read(ctx)
+		return r.rules, r.changed, err
 	})
-	if err != nil {
-		return nil, nftError(err)
-	}
-	r.rules.Torn = !settled
-	return r.rules, nil
-}
-
-func nftError(err error) error {
-	if errors.Is(err, syscall.EPERM) {
-		return fmt.Errorf("reading the kernel's nf_tables: permission denied: it needs the capability NET_ADMIN: %w", err)
-	}
-	return fmt.Errorf("reading the kernel's nf_tables: %w", err)
 }
 
 // nftReader reads everything once.
@@ -110,7 +72,7 @@ func (r *nftReader) read(ctx context.Context) error {
 	for _, f := range []struct {
 		proto  uint8
 		family netfilter.Family
-	}{{nfprotoIPv4, netfilter.IPv4}, {nfprotoIPv6, netfilter.IPv6}} {
+	}{{unix.NFPROTO_IPV4, netfilter.IPv4}, {unix.NFPROTO_IPV6, netfilter.IPv6}} {
 		if err := r.family(ctx, f.proto, f.family); err != nil {
 			return err
 		}
@@ -130,7 +92,7 @@ func (r *nftReader) dump(kind int, proto uint8, attrs []byte, each func([]byte) 
 
 func (r *nftReader) family(ctx context.Context, proto uint8, family netfilter.Family) error {
 	var tables []*nftTable
-	err := r.dump(nftGetTable, proto, nil, func(b []byte) error {
+	err := r.dump(unix.NFT_MSG_GETTABLE, proto, nil, func(b []byte) error {
 		const name, flags = 1, 2
 		var a [flags + 1][]byte
 		nfnetlink.Collect(b, a[:])
@@ -148,7 +110,7 @@ func (r *nftReader) family(ctx context.Context, proto uint8, family netfilter.Fa
 		return err
 	}
 	// A dump of chains is one of all tables of the family.
-	err = r.dump(nftGetChain, proto, nil, func(b []byte) error {
+	err = r.dump(unix.NFT_MSG_GETCHAIN, proto, nil, func(b []byte) error {
 		var a [nftaChainFlags + 1][]byte
 		nfnetlink.Collect(b, a[:])
 		of := nfnetlink.String(a[nftaChainTable])
@@ -270,7 +232,7 @@ func (r *nftReader) table(ctx context.Context, t *nftTable) error {
 	r.current, r.chain = t, nil
 	r.request = nfnetlink.AppendString(r.request[:0], nftaRuleTable, t.Name)
 	if t.rules <= wholeTable {
-		return r.dump(nftGetRule, t.proto, r.request, r.rule)
+		return r.dump(unix.NFT_MSG_GETRULE, t.proto, r.request, r.rule)
 	}
 	head, rule := len(r.request), r.rule
 	for i, c := range t.Chains() {
@@ -282,7 +244,7 @@ func (r *nftReader) table(ctx context.Context, t *nftTable) error {
 		}
 		r.chain = c
 		r.request = nfnetlink.AppendString(r.request[:head], nftaRuleChain, c.Name)
-		if err := r.dump(nftGetRule, t.proto, r.request, rule); err != nil {
+		if err := r.dump(unix.NFT_MSG_GETRULE, t.proto, r.request, rule); err != nil {
 			return err
 		}
 	}

@@ -72,9 +72,8 @@ const (
 )
 
 const (
-	rtnLocal  = 2  // RTN_LOCAL in linux/rtnetlink.h
-	registers = 16 // of 32 bits: NFT_REG32_00 to _15
-	nameSize  = 16 // IFNAMSIZ
+	rtnLocal = 2  // RTN_LOCAL in linux/rtnetlink.h
+	nameSize = 16 // IFNAMSIZ
 )
 
 // keyType is the type of a part of a set's key. nft numbers its types (enum
@@ -193,21 +192,18 @@ func eachElement(list []byte, f func(*liveElement) bool) bool {
 	return true
 }
 
-// userComment reads the comment in the user data of a rule or an element: a list
-// of type, length and value, of bytes, in which nft gives comments the type 0
-// (enum nftnl_udata_rule_types and nftnl_udata_set_elem_types of libnftnl).
+// userComment reads the comment in the user data of a rule or an element.
 func userComment(b []byte) []byte {
-	for len(b) >= 2 {
-		typ, n := b[0], int(b[1])
-		if b = b[2:]; n > len(b) {
+	for {
+		typ, data, rest, ok := nfnetlink.NextUserData(b)
+		if !ok {
 			return nil
 		}
 		if typ == 0 {
-			return nfnetlink.String(b[:n])
+			return nfnetlink.String(data)
 		}
-		b = b[n:]
+		b = rest
 	}
-	return nil
 }
 
 // liveDecoder decodes one table. Its memory is reused from rule to rule.
@@ -222,8 +218,8 @@ type liveDecoder struct {
 	counter *netfilter.Counter
 	done    bool // a verdict has been added: what is behind it never runs
 	values  []liveValue
-	regs    [registers]int // index into values, plus 1; 0 when not known
-	low     int            // the value whose lower end was compared, plus 1
+	regs    [nfnetlink.Registers]int // index into values, plus 1; 0 when not known
+	low     int                      // the value whose lower end was compared, plus 1
 	attrs   [16][]byte
 	inner   [3][]byte
 }
@@ -291,7 +287,7 @@ func (d *liveDecoder) addSet(b []byte) {
 	keySize, _ := nfnetlink.Uint32(a[nftaSetKeyLen])
 	dataType, _ := nfnetlink.Uint32(a[nftaSetDataType])
 	dataSize, _ := nfnetlink.Uint32(a[nftaSetDataLen])
-	const most = 4 * registers
+	const most = 4 * nfnetlink.Registers
 	s.keySize, s.dataSize = int(min(keySize, most+1)), int(min(dataSize, most+1))
 	s.types = keyTypesOf(keyType, s.keySize)
 	s.verdicts = flags&setMap != 0 && dataType == dataVerdict
@@ -502,7 +498,7 @@ func (d *liveDecoder) addRule(b []byte) {
 
 // rule adds a rule to d.chain.
 func (d *liveDecoder) rule(expressions, comment []byte) {
-	d.counter, d.done, d.values, d.regs, d.low = nil, false, d.values[:0], [registers]int{}, 0
+	d.counter, d.done, d.values, d.regs, d.low = nil, false, d.values[:0], [nfnetlink.Registers]int{}, 0
 	start := d.chain.Mark()
 	for len(expressions) > 0 && !d.done {
 		typ, elem, rest, ok := nfnetlink.Next(expressions)
@@ -614,7 +610,7 @@ func quoted(s string) string {
 // unclear adds an expression that may be a match, a statement or a verdict, and
 // may write any register.
 func (d *liveDecoder) unclear(name string) {
-	d.regs = [registers]int{}
+	d.regs = [nfnetlink.Registers]int{}
 	d.chain.AddText(netfilter.UnknownTarget, 0, 0, undecoded(name))
 }
 
@@ -705,27 +701,13 @@ func (d *liveDecoder) data(typ int) []byte {
 	return d.inner[nftaDataValue]
 }
 
-// slotOf returns the first word of a register: NFT_REG_1 to 4 are four words
-// each, NFT_REG32_00 to 15 one. NFT_REG_VERDICT is none.
-func slotOf(register uint32) (int, bool) {
-	switch {
-	case register >= 1 && register <= 4:
-		return int(register-1) * 4, true
-	case register >= 8 && register < 8+registers:
-		return int(register - 8), true
-	}
-	return 0, false
-}
-
-func words(size, first int) int { return min(max(aligned(size)/4, 1), registers-first) }
-
 // store puts a value into a register.
 func (d *liveDecoder) store(register uint32, v liveValue) bool {
-	first, ok := slotOf(register)
+	first, ok := nfnetlink.Slot(register)
 	if !ok {
 		return false
 	}
-	v.slot, v.wide = first, words(v.size, first)
+	v.slot, v.wide = first, nfnetlink.Words(v.size, first)
 	d.values = append(d.values, v)
 	for i := range v.wide {
 		d.regs[first+i] = len(d.values)
@@ -736,7 +718,7 @@ func (d *liveDecoder) store(register uint32, v liveValue) bool {
 // value returns what a register holds, nil when that is not one value of at
 // least that many bytes. What it finds counts as used.
 func (d *liveDecoder) value(register uint32, size int) *liveValue {
-	first, ok := slotOf(register)
+	first, ok := nfnetlink.Slot(register)
 	if !ok {
 		return nil
 	}
@@ -744,12 +726,12 @@ func (d *liveDecoder) value(register uint32, size int) *liveValue {
 }
 
 func (d *liveDecoder) valueAt(first, size int) *liveValue {
-	if first >= registers || size > 4*(registers-first) || d.regs[first] == 0 {
+	if first >= nfnetlink.Registers || size > 4*(nfnetlink.Registers-first) || d.regs[first] == 0 {
 		return nil
 	}
 	v := &d.values[d.regs[first]-1]
 	v.used = true
-	for i := range words(size, first) {
+	for i := range nfnetlink.Words(size, first) {
 		if d.regs[first+i] != d.regs[first] {
 			return nil // partly overwritten, or shorter
 		}
@@ -769,7 +751,7 @@ func (d *liveDecoder) payload(b []byte) bool {
 	kind, ok2 := d.number(base)
 	at, ok3 := d.number(offset)
 	n, ok4 := d.number(length)
-	if !ok1 || !ok2 || !ok3 || !ok4 || n == 0 || n > 4*registers {
+	if !ok1 || !ok2 || !ok3 || !ok4 || n == 0 || n > 4*nfnetlink.Registers {
 		return false
 	}
 	return d.store(register, liveValue{load: loadPayload, a: kind, b: at, size: int(n)})
@@ -789,7 +771,7 @@ func (d *liveDecoder) meta(b []byte) bool {
 	if d.attrs[sreg] != nil {
 		return d.setMeta(k, from)
 	}
-	size := 4 * registers // some are longer than a word
+	size := 4 * nfnetlink.Registers // some are longer than a word
 	switch k {
 	case metaMark:
 		size = 4
@@ -835,7 +817,7 @@ func (d *liveDecoder) ct(b []byte) bool {
 		return true
 	}
 	if d.attrs[direction] != nil || k != ctState && k != ctStatus {
-		return d.store(to, liveValue{load: loadOther, name: fmt.Sprintf("ct key %d", k), size: 4 * registers})
+		return d.store(to, liveValue{load: loadOther, name: fmt.Sprintf("ct key %d", k), size: 4 * nfnetlink.Registers})
 	}
 	return d.store(to, liveValue{load: loadCT, a: k, size: 4})
 }
@@ -877,7 +859,7 @@ func (d *liveDecoder) numgen(b []byte) bool {
 func (d *liveDecoder) otherLoad(name string, b []byte, dreg int) bool {
 	nfnetlink.Collect(b, d.attrs[:])
 	to, ok := d.number(dreg)
-	return ok && d.attrs[dreg] != nil && d.store(to, liveValue{load: loadOther, name: name, size: 4 * registers})
+	return ok && d.attrs[dreg] != nil && d.store(to, liveValue{load: loadOther, name: name, size: 4 * nfnetlink.Registers})
 }
 
 func (d *liveDecoder) byteorder(b []byte) bool {
@@ -889,7 +871,7 @@ func (d *liveDecoder) byteorder(b []byte) bool {
 		return false
 	}
 	v := d.value(from, 1)
-	return d.store(to, liveValue{load: loadOther, name: "byteorder of " + v.String(), size: 4 * registers})
+	return d.store(to, liveValue{load: loadOther, name: "byteorder of " + v.String(), size: 4 * nfnetlink.Registers})
 }
 
 func (d *liveDecoder) bitwise(b []byte) bool {
@@ -905,10 +887,10 @@ func (d *liveDecoder) bitwise(b []byte) bool {
 		return false
 	}
 	m, x := d.data(mask), d.data(xor)
-	v := d.value(from, int(min(n, 4*registers)))
+	v := d.value(from, int(min(n, 4*nfnetlink.Registers)))
 	const maskAndXor = 0 // NFT_BITWISE_BOOL
 	if v == nil || kind != maskAndXor || int(n) != v.size || v.size > len(v.mask) || len(m) != v.size || len(x) != v.size || v.load == loadImmediate {
-		return d.store(to, liveValue{load: loadOther, name: "bitwise of " + v.String(), size: 4 * registers})
+		return d.store(to, liveValue{load: loadOther, name: "bitwise of " + v.String(), size: 4 * nfnetlink.Registers})
 	}
 	out := *v
 	out.used, out.masked, out.low = false, true, nil
@@ -932,7 +914,7 @@ func (d *liveDecoder) immediate(b []byte) bool {
 		return false
 	}
 	if data := d.data(value); data != nil {
-		return to != 0 && len(data) <= 4*registers && d.store(to, liveValue{load: loadImmediate, data: data, size: len(data)})
+		return to != 0 && len(data) <= 4*nfnetlink.Registers && d.store(to, liveValue{load: loadImmediate, data: data, size: len(data)})
 	}
 	e, ok := d.verdictOf(d.attrs[value])
 	if ok && to == 0 {
@@ -1248,7 +1230,7 @@ func (d *liveDecoder) lookup(b []byte) bool {
 	from, ok1 := d.number(sreg)
 	to, ok2 := d.number(dreg)
 	f, ok3 := d.number(flags)
-	first, ok4 := slotOf(from)
+	first, ok4 := nfnetlink.Slot(from)
 	if !ok1 || !ok2 || !ok3 || !ok4 {
 		return false
 	}
@@ -1288,7 +1270,7 @@ func (d *liveDecoder) lookup(b []byte) bool {
 		d.chain.AddText(netfilter.UnknownTarget, 0, 0, undecoded("vmap: "+what))
 	default:
 		// The lookup may end the rule: only a statement that uses the value says so.
-		return d.store(to, liveValue{load: loadOther, name: "map: " + what, size: 4 * registers})
+		return d.store(to, liveValue{load: loadOther, name: "map: " + what, size: 4 * nfnetlink.Registers})
 	}
 	return true
 }
@@ -1383,7 +1365,7 @@ func (d *liveDecoder) dynset(b []byte) bool {
 	name := nfnetlink.String(d.attrs[set])
 	kind, ok1 := d.number(op)
 	from, ok2 := d.number(sreg)
-	first, ok3 := slotOf(from)
+	first, ok3 := nfnetlink.Slot(from)
 	if !ok1 || !ok2 || !ok3 || kind > 2 {
 		return false
 	}
@@ -1639,7 +1621,7 @@ func (d *liveDecoder) same(typ, slot int) bool {
 		return true
 	}
 	register, ok1 := d.number(typ)
-	at, ok2 := slotOf(register)
+	at, ok2 := nfnetlink.Slot(register)
 	return ok1 && ok2 && at == slot
 }
 

@@ -29,43 +29,11 @@ type Live struct{}
 // meanwhile; if the rules keep changing, the result is Torn. An error means that
 // nothing could be read, and wraps the kernel's error number.
 func (l *Live) Read(ctx context.Context) (*netfilter.Ruleset, error) {
-	conn, err := nfnetlink.Dial()
-	if err != nil {
-		if errors.Is(err, syscall.EPROTONOSUPPORT) {
-			return &netfilter.Ruleset{}, nil // a kernel without netfilter's netlink: there are no tables
-		}
-		return nil, liveError(err)
-	}
-	defer conn.Close()
-	if ok, err := conn.Supported(); err != nil {
-		return nil, liveError(err)
-	} else if !ok {
-		return &netfilter.Ruleset{}, nil
-	}
-	var r liveReader
-	settled, err := conn.Settle(ctx, func() (uint64, bool, error) {
-		r = liveReader{conn: conn, rules: &netfilter.Ruleset{}}
-		if err := r.read(ctx); err != nil {
-			return 0, false, err
-		}
-		var digest uint64
-		for _, t := range r.rules.Tables {
-			digest = digest*31 + t.Digest()
-		}
-		return digest, r.changed, nil
+	return nfnetlink.Read(ctx, func(conn *nfnetlink.Conn) (*netfilter.Ruleset, bool, error) {
+		r := liveReader{conn: conn, rules: &netfilter.Ruleset{}}
+		err := r.read(ctx)
+		return r.rules, r.changed, err
 	})
-	if err != nil {
-		return nil, liveError(err)
-	}
-	r.rules.Torn = !settled
-	return r.rules, nil
-}
-
-func liveError(err error) error {
-	if errors.Is(err, syscall.EPERM) {
-		return fmt.Errorf("reading the kernel's nf_tables: permission denied: it needs the capability NET_ADMIN: %w", err)
-	}
-	return fmt.Errorf("reading the kernel's nf_tables: %w", err)
 }
 
 // liveReader reads everything once.

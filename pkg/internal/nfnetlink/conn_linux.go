@@ -38,10 +38,10 @@ type Conn struct {
 	buf     []byte // reused
 }
 
-// Dial connects to the network namespace of the calling thread: the kernel ties
+// dial connects to the network namespace of the calling thread: the kernel ties
 // a socket to the namespace of the thread that makes it. Afterwards the Conn
 // may be used on any thread.
-func Dial() (*Conn, error) {
+func dial() (*Conn, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
 		return nil, fmt.Errorf("opening a netlink socket: %w", err)

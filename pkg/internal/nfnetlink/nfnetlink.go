@@ -2,7 +2,7 @@
 // (NETLINK_NETFILTER): the part that every reader of nf_tables needs, and no
 // more.
 //
-//	Dial ──▶ Conn ──Dump, Get──▶ attributes of each message ──Next, Collect──▶ reader
+//	Read ──▶ Conn ──Dump, Get──▶ attributes of each message ──Next, Collect──▶ reader
 //
 // A [Conn] only asks. It has no way to send a batch, which is what changes
 // rules, and its callers send no *_RESET message, which would zero counters.
@@ -91,6 +91,39 @@ func String(b []byte) []byte {
 		}
 	}
 	return b
+}
+
+// Registers is the number of registers of a rule, of 32 bits each (NFT_REG32_00
+// to _15 of linux/netfilter/nf_tables.h).
+const Registers = 16
+
+// Slot returns the first word of a register: NFT_REG_1 to 4 are four words
+// each, NFT_REG32_00 to 15 one. NFT_REG_VERDICT is none.
+func Slot(register uint32) (int, bool) {
+	switch {
+	case register >= 1 && register <= 4:
+		return int(register-1) * 4, true
+	case register >= 8 && register < 8+Registers:
+		return int(register - 8), true
+	}
+	return 0, false
+}
+
+// Words returns how many words, from the first on, a value of so many bytes
+// fills; at least one, and no more than there are.
+func Words(size, first int) int { return min(max(align(size)/4, 1), Registers-first) }
+
+// NextUserData splits the first entry off the user data of a rule or an
+// element: a list of type, length and value, of bytes, in which nft gives
+// comments the type 0 (enum nftnl_udata_rule_types and
+// nftnl_udata_set_elem_types of libnftnl). It returns ok false when b does not
+// begin with a whole entry.
+func NextUserData(b []byte) (typ uint8, data, rest []byte, ok bool) {
+	if len(b) < 2 || 2+int(b[1]) > len(b) {
+		return 0, nil, nil, false
+	}
+	n := 2 + int(b[1])
+	return b[0], b[2:n:n], b[n:], true
 }
 
 func align(n int) int { return (n + 3) &^ 3 }

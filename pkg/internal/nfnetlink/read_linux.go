@@ -3,10 +3,13 @@ package nfnetlink
 import (
 	"context"
 	"errors"
+	"fmt"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/natlens/natlens/pkg/netfilter"
 )
 
 // quiet is how long the generation must have stood still for a single reading
@@ -21,12 +24,57 @@ const quiet = 25 * time.Millisecond
 // mostReadings bounds the readings while the rules keep changing.
 const mostReadings = 8
 
-// Settle calls read until what it read was the rules of one moment, and returns
+// Read returns the rules of one moment that read finds in the nf_tables of the
+// calling thread's network namespace; read says, too, whether something changed
+// meanwhile, and is then called again. If the rules keep changing, the result
+// is Torn. A kernel without nf_tables has none. An error wraps the kernel's
+// error number, and names the capability that is missing.
+func Read(ctx context.Context, read func(*Conn) (rs *netfilter.Ruleset, interrupted bool, err error)) (*netfilter.Ruleset, error) {
+	rs, err := readSettled(ctx, read)
+	switch {
+	case errors.Is(err, syscall.EPERM):
+		return nil, fmt.Errorf("reading the kernel's nf_tables: permission denied: it needs the capability NET_ADMIN: %w", err)
+	case err != nil:
+		return nil, fmt.Errorf("reading the kernel's nf_tables: %w", err)
+	}
+	return rs, nil
+}
+
+func readSettled(ctx context.Context, read func(*Conn) (*netfilter.Ruleset, bool, error)) (*netfilter.Ruleset, error) {
+	conn, err := dial()
+	if errors.Is(err, syscall.EPROTONOSUPPORT) { // a kernel without netfilter's netlink
+		return &netfilter.Ruleset{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	if ok, err := conn.supported(); err != nil || !ok {
+		return &netfilter.Ruleset{}, err
+	}
+	var rs *netfilter.Ruleset
+	settled, err := conn.settle(ctx, func() (digest uint64, interrupted bool, err error) {
+		if rs, interrupted, err = read(conn); err != nil {
+			return 0, false, err
+		}
+		for _, t := range rs.Tables {
+			digest = digest*31 + t.Digest()
+		}
+		return digest, interrupted, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	rs.Torn = !settled
+	return rs, nil
+}
+
+// settle calls read until what it read was the rules of one moment, and returns
 // false when they kept changing. A reading is believed when the generation was
 // the same before and behind it, no dump was interrupted, and it either began
 // in a quiet time or agrees with the reading before. The digest that read
 // returns must be the same for the same rules.
-func (c *Conn) Settle(ctx context.Context, read func() (digest uint64, interrupted bool, err error)) (settled bool, err error) {
+func (c *Conn) settle(ctx context.Context, read func() (digest uint64, interrupted bool, err error)) (settled bool, err error) {
 	var last uint64
 	agreeable := false // last is that of a reading without a visible change
 	earlier, err := c.Generation()
@@ -60,10 +108,10 @@ func (c *Conn) Settle(ctx context.Context, read func() (digest uint64, interrupt
 	return false, nil
 }
 
-// Supported reports whether the kernel has nf_tables at all. nfnetlink answers
+// supported reports whether the kernel has nf_tables at all. nfnetlink answers
 // EINVAL for a subsystem that it does not have, but an old kernel, too, for a
 // question that it does not know.
-func (c *Conn) Supported() (bool, error) {
+func (c *Conn) supported() (bool, error) {
 	_, err := c.Generation()
 	if !errors.Is(err, syscall.EINVAL) {
 		return err == nil, err
