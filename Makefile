@@ -6,7 +6,7 @@ ARGS     ?= demo
 BENCH    ?= .
 FUZZTIME ?= 60s
 
-LDFLAGS := -s -w -X main.version=$(VERSION)
+LDFLAGS := -s -w -X github.com/natlens/natlens/internal/version.version=$(VERSION)
 # -race needs a C compiler; without one the go command turns cgo off.
 RACE     = $(if $(filter 0,$(shell go env CGO_ENABLED)),,-race)
 # The linters have a module of their own, so that they weigh on nobody else's.

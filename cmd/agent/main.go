@@ -9,15 +9,13 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
-)
 
-// version is set by the build.
-var version = ""
+	"github.com/natlens/natlens/internal/version"
+)
 
 func main() {
 	// Plain users' PATH mostly lacks the directories where iptables lives.
@@ -126,20 +124,8 @@ func newVersion() *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Print the version", Args: exactly(0, 0, "no argument"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), "natlens "+versionText())
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), "natlens "+version.Text())
 			return err
 		},
 	}
-}
-
-// versionText is the version that the build set, or the one that Go noted of
-// the module.
-func versionText() string {
-	if version != "" {
-		return version
-	}
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "(devel)"
 }

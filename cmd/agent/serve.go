@@ -18,6 +18,7 @@ import (
 
 	"github.com/natlens/natlens/internal/metrics"
 	"github.com/natlens/natlens/internal/snapshot"
+	"github.com/natlens/natlens/internal/version"
 	"github.com/natlens/natlens/internal/web"
 )
 
@@ -109,7 +110,7 @@ func serve(ctx context.Context, src source, opts serveOptions, log *slog.Logger)
 	if err != nil {
 		return fmt.Errorf("%w: choose another with --listen", err)
 	}
-	log.Info("serving", "address", ln.Addr().String(), "version", versionText())
+	log.Info("serving", "address", ln.Addr().String(), "version", version.Text())
 	return serveOn(ctx, ln, keeper, opts.endpointMetrics, log)
 }
 
@@ -117,14 +118,14 @@ func serve(ctx context.Context, src source, opts serveOptions, log *slog.Logger)
 // ends; requests in flight finish.
 func serveOn(ctx context.Context, ln net.Listener, keeper *snapshot.Keeper, endpointMetrics bool, log *slog.Logger) error {
 	registry := prometheus.NewPedanticRegistry()
-	registry.MustRegister(metrics.New(keeper, versionText(), endpointMetrics),
+	registry.MustRegister(metrics.New(keeper, version.Text(), endpointMetrics),
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	// base ends the event streams, which Shutdown would wait for.
 	base, end := context.WithCancel(context.Background())
 	defer end()
 	server := &http.Server{
 		Handler: web.NewHandler(web.Config{
-			Source: keeper, Version: versionText(), Log: log,
+			Source: keeper, Version: version.Text(), Log: log,
 			Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{EnableOpenMetrics: true, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelError)}),
 		}),
 		ReadHeaderTimeout: 5 * time.Second,

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/natlens/natlens/internal/echo"
+	"github.com/natlens/natlens/internal/version"
 )
 
 func main() {
@@ -35,7 +36,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "echo: %v\n", err)
 		return 2
 	case opts.version:
-		fmt.Fprintf(stdout, "echo %s %s\n", buildVersion(), runtime.Version())
+		fmt.Fprintf(stdout, "echo %s %s\n", version.Text(), runtime.Version())
 		return 0
 	}
 	if err := serve(ctx, opts.listen, opts.drain, slog.New(slog.NewTextHandler(stderr, nil))); err != nil {
@@ -54,6 +55,6 @@ func serve(ctx context.Context, listen string, drain time.Duration, log *slog.Lo
 	if err != nil {
 		return err
 	}
-	log.Info("listening", "address", ln.Addr().String(), "version", buildVersion())
-	return echo.Run(ctx, echo.Config{Listener: ln, Packets: packets, Identity: id, Version: buildVersion(), Drain: drain, Log: log})
+	log.Info("listening", "address", ln.Addr().String(), "version", version.Text())
+	return echo.Run(ctx, echo.Config{Listener: ln, Packets: packets, Identity: id, Version: version.Text(), Drain: drain, Log: log})
 }
