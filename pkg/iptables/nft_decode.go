@@ -123,11 +123,10 @@ const (
 // nftDecoder decodes the rules of one table. Its memory is reused from rule to
 // rule.
 type nftDecoder struct {
-	table   *netfilter.Table
-	xt      xtDecoder
-	more    legacyDecoder                // has the text of more matches and targets
-	names   map[string]string            // names of matches and targets, to make each once
-	targets map[string]netfilter.ChainID // chains, for jumps
+	table *netfilter.Table
+	xt    xtDecoder
+	more  legacyDecoder     // has the text of more matches and targets
+	names map[string]string // names of matches and targets, to make each once
 
 	values  []nftValue
 	regs    [nfnetlink.Registers]int // index into values, plus 1; 0 when not known
@@ -144,7 +143,7 @@ type nftDecoder struct {
 func newNFTDecoder(t *netfilter.Table) *nftDecoder {
 	d := &nftDecoder{
 		table: t, xt: xtDecoder{family: t.Family},
-		names: map[string]string{}, targets: map[string]netfilter.ChainID{},
+		names: map[string]string{},
 	}
 	d.more = legacyDecoder{legacyBlob: legacyBlob{family: t.Family}, lay: &legacyLayout4, xt: xtDecoder{family: t.Family}}
 	if t.Family == netfilter.IPv6 {
@@ -578,12 +577,7 @@ func (d *nftDecoder) verdict(b []byte) bool {
 		if int32(v) == nftGoto {
 			kind = netfilter.Goto
 		}
-		id, ok := d.targets[string(name)]
-		if !ok {
-			id = d.table.ID(string(name))
-			d.targets[d.table.ChainName(id)] = id
-		}
-		d.add(netfilter.Expr{Kind: kind, A: uint32(id)})
+		d.add(netfilter.Expr{Kind: kind, A: uint32(d.table.IDOf(name))})
 	case nftReturn:
 		d.add(netfilter.Expr{Kind: netfilter.Return})
 	case nfAccept:

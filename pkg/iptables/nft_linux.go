@@ -158,7 +158,6 @@ func (t *nftTable) addChain(a *[nftaChainFlags + 1][]byte) {
 		return // the dump was interrupted, or is none of chains
 	}
 	c := t.Declare(name)
-	t.decode.targets[c.Name] = c.ID
 	use, _ := nfnetlink.Uint32(a[nftaChainUse])
 	t.uses = append(t.uses, use)
 	t.rules += uint64(use)

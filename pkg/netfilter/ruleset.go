@@ -120,15 +120,20 @@ type Table struct {
 	Backend Backend
 
 	ids    map[string]ChainID
+	newIDs map[string]ChainID // since the table was revised: ids is shared then
 	names  []string
 	chains []*Chain  // by id; nil when only jumps name it
 	order  []ChainID // as the chains were declared
 	sets   []*Set
+
+	shared   bool   // made by Revise
+	arena    *arena // of the line of tables
+	replaced int    // rules of the line that are there no more
 }
 
 // NewTable returns an empty table.
 func NewTable(f Family, name string, b Backend) *Table {
-	return &Table{Family: f, Name: name, Backend: b, ids: make(map[string]ChainID)}
+	return &Table{Family: f, Name: name, Backend: b, ids: make(map[string]ChainID), arena: &arena{}}
 }
 
 // Same reports whether another table is this one: of the same family, name and
@@ -139,14 +144,41 @@ func (t *Table) Same(o *Table) bool {
 
 // ID returns the number of a chain's name, giving it one if need be.
 func (t *Table) ID(name string) ChainID {
-	if id, ok := t.ids[name]; ok {
+	if id, ok := t.lookupID(name); ok {
 		return id
 	}
 	id := ChainID(len(t.names))
-	t.ids[name] = id
+	if !t.shared {
+		t.ids[name] = id
+	} else {
+		if t.newIDs == nil {
+			t.newIDs = map[string]ChainID{}
+		}
+		t.newIDs[name] = id
+	}
 	t.names = append(t.names, name)
 	t.chains = append(t.chains, nil)
 	return id
+}
+
+// IDOf is ID for a name in a buffer, of which it makes a string only when the
+// name is new.
+func (t *Table) IDOf(name []byte) ChainID {
+	if id, ok := t.newIDs[string(name)]; ok {
+		return id
+	}
+	if id, ok := t.ids[string(name)]; ok {
+		return id
+	}
+	return t.ID(string(name))
+}
+
+func (t *Table) lookupID(name string) (ChainID, bool) {
+	if id, ok := t.newIDs[name]; ok {
+		return id, true
+	}
+	id, ok := t.ids[name]
+	return id, ok
 }
 
 // ChainName returns the name that has the number.
@@ -158,7 +190,7 @@ func (t *Table) ByID(id ChainID) *Chain { return t.chains[id] }
 
 // Lookup returns the chain of that name, or nil.
 func (t *Table) Lookup(name string) *Chain {
-	if id, ok := t.ids[name]; ok {
+	if id, ok := t.lookupID(name); ok {
 		return t.chains[id]
 	}
 	return nil
@@ -168,7 +200,7 @@ func (t *Table) Lookup(name string) *Chain {
 func (t *Table) Declare(name string) *Chain {
 	id := t.ID(name)
 	if t.chains[id] == nil {
-		t.chains[id] = &Chain{Name: t.names[id], ID: id, family: t.Family}
+		t.chains[id] = &Chain{Name: t.names[id], ID: id, family: t.Family, version: versions.Add(1)}
 		t.order = append(t.order, id)
 	}
 	return t.chains[id]
@@ -211,7 +243,7 @@ func (t *Table) RuleCount() int {
 // Compact moves the rules of all chains into a few blocks without spare room.
 // Readers call it once, when the table is complete: a hundred thousand small
 // chains otherwise hold twice the memory, in pieces that the garbage collector
-// has to visit one by one.
+// has to visit one by one. Chains that were adopted are in blocks already.
 func (t *Table) Compact() {
 	var rules, exprs, text, wide, counts int
 	for _, id := range t.order {
@@ -332,13 +364,14 @@ type Chain struct {
 	ID   ChainID
 	Base *Base // nil for a chain that only jumps enter
 
-	family Family
-	starts []uint32 // start of each rule in exprs
-	exprs  []Expr
-	text   []byte    // pool of the texts that exprs point to
-	wide   []address // pool of IPv6 addresses and masks
-	counts []Counter // one per rule, or nil when the source has none
-	open   uint32    // start of the rule that Add is building
+	family  Family
+	version uint64
+	starts  []uint32 // start of each rule in exprs
+	exprs   []Expr
+	text    []byte    // pool of the texts that exprs point to
+	wide    []address // pool of IPv6 addresses and masks
+	counts  []Counter // one per rule, or nil when the source has none
+	open    uint32    // start of the rule that Add is building
 	// choices are those of the chain's Choose expressions.
 	choices [][]Choice
 }

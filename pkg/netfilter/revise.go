@@ -1,0 +1,197 @@
+package netfilter
+
+import (
+	"bytes"
+	"maps"
+	"slices"
+	"sync/atomic"
+)
+
+// This file makes the next reading of a table out of the last one. What has not
+// changed is shared, and can be told by its version:
+//
+//	last ──Revise──▶ next ──Draft, Adopt, Remove──▶ published
+//
+// One goroutine reads and revises; any number may use what was published.
+
+// versions counts the chains that were made in this process.
+var versions atomic.Uint64
+
+// Version tells chains apart: two chains with the same version have the same
+// rules. Their counters may differ, and so may those of a base chain's policy.
+func (c *Chain) Version() uint64 { return c.version }
+
+// Revise returns a table with the name, chains, sets and numbers of t, in which
+// chains can be replaced while t, which must be complete, stays as it is. Only
+// the latest table of a line may be revised.
+func (t *Table) Revise() *Table {
+	next := *t
+	next.chains = slices.Clone(t.chains)
+	next.order = slices.Clip(t.order)
+	next.sets = slices.Clone(t.sets)
+	// Readers of t may look names up, so its maps may not grow any more.
+	const few = 64
+	if len(t.newIDs) > few+len(t.ids)/8 {
+		next.ids = make(map[string]ChainID, len(t.names))
+		maps.Copy(next.ids, t.ids)
+		maps.Copy(next.ids, t.newIDs)
+		next.newIDs = nil
+	} else {
+		next.newIDs = maps.Clone(t.newIDs)
+	}
+	next.shared = true
+	return &next
+}
+
+// Worn reports whether so much was replaced since the table was read anew that
+// what is left of it holds too much memory: read it anew then.
+func (t *Table) Worn() bool {
+	const least = 10_000 // rules, of which the memory is no matter
+	return t.replaced > least+t.RuleCount() || len(t.names) > least+2*len(t.order)
+}
+
+// Draft makes c an empty chain of that name that is not in the table. It keeps
+// the memory of c for the rules to come; they are c's own until Adopt.
+func (t *Table) Draft(c *Chain, name string) {
+	id := t.ID(name)
+	*c = Chain{
+		Name: t.names[id], ID: id, family: t.Family,
+		starts: c.starts[:0], exprs: c.exprs[:0], text: c.text[:0], wide: c.wide[:0], counts: c.counts[:0],
+	}
+}
+
+// Adopt puts the rules of a draft into the table, as the chain of its name. When
+// that has the same rules already, only its counters are taken over. The draft
+// may be used again. It reports whether the rules were others.
+func (t *Table) Adopt(draft *Chain) (changed bool) {
+	have := t.chains[draft.ID]
+	if have == nil || !have.sameRules(draft) {
+		c := t.arena.keep(draft)
+		if have == nil {
+			t.order = append(t.order, c.ID)
+		} else {
+			t.replaced += have.Len()
+		}
+		t.chains[c.ID] = c
+		return true
+	}
+	if !slices.Equal(have.counts, draft.counts) || have.Base != nil && have.Base.Counter != draft.Base.Counter {
+		c := *have
+		c.Base = draft.Base
+		// Not in the arena: these are replaced often.
+		c.counts = slices.Clone(draft.counts)
+		t.chains[c.ID] = &c
+	}
+	return false
+}
+
+// Remove takes chains out of the table. Their names keep their numbers.
+func (t *Table) Remove(ids ...ChainID) {
+	if len(ids) == 0 {
+		return
+	}
+	for _, id := range ids {
+		if c := t.chains[id]; c != nil {
+			t.replaced += c.Len()
+			t.chains[id] = nil
+		}
+	}
+	t.order = slices.DeleteFunc(slices.Clone(t.order), func(id ChainID) bool { return t.chains[id] == nil })
+}
+
+// ReplaceSet puts another set in the place of the one with that number.
+func (t *Table) ReplaceSet(n uint32, s *Set) { t.sets[n] = s }
+
+// Revises reports whether t was made from the other table, or from one that was,
+// with Revise: chains and sets then have the same numbers in both.
+func (t *Table) Revises(o *Table) bool { return t.arena == o.arena }
+
+// SameRules reports whether two rulesets differ in counters at most.
+func (rs *Ruleset) SameRules(o *Ruleset) bool {
+	if rs.Torn != o.Torn || !slices.Equal(rs.Unreadable, o.Unreadable) || len(rs.Tables) != len(o.Tables) {
+		return false
+	}
+	for i, t := range rs.Tables {
+		if !t.sameRules(o.Tables[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+func (t *Table) sameRules(o *Table) bool {
+	if t == o {
+		return true
+	}
+	if !t.Same(o) {
+		return false
+	}
+	if !t.Revises(o) {
+		return t.Digest() == o.Digest()
+	}
+	if len(t.order) != len(o.order) || len(t.sets) != len(o.sets) {
+		return false
+	}
+	for i, id := range t.order {
+		if o.order[i] != id || t.chains[id].version != o.chains[id].version {
+			return false
+		}
+	}
+	return slices.Equal(t.sets, o.sets)
+}
+
+// sameRules compares chains of one line of tables.
+func (c *Chain) sameRules(o *Chain) bool {
+	return slices.Equal(c.starts, o.starts) && slices.Equal(c.exprs, o.exprs) && bytes.Equal(c.text, o.text) &&
+		slices.Equal(c.wide, o.wide) && slices.EqualFunc(c.choices, o.choices, slices.Equal[[]Choice]) && c.Base.same(o.Base)
+}
+
+func (b *Base) same(o *Base) bool {
+	if b == nil || o == nil {
+		return b == o
+	}
+	return b.Hook == o.Hook && b.Priority == o.Priority && b.Type == o.Type && b.Policy == o.Policy
+}
+
+// Equal reports whether two sets of tables of one line hold the same.
+func (s *Set) Equal(o *Set) bool {
+	return s.Name == o.Name && s.Map == o.Map && s.Dynamic == o.Dynamic && s.Timeout == o.Timeout && s.Opaque == o.Opaque &&
+		slices.Equal(s.Keys, o.Keys) && slices.Equal(s.Ranges, o.Ranges) && maps.Equal(s.elements, o.elements)
+}
+
+// arena holds the rules of the chains of a line of tables, in blocks that live
+// as long as any chain in them. A hundred thousand small chains otherwise hold
+// twice the memory, in pieces that the garbage collector visits one by one.
+type arena struct {
+	starts []uint32
+	exprs  []Expr
+	text   []byte
+	wide   []address
+	counts []Counter
+}
+
+// keep returns a chain with the rules of the draft.
+func (a *arena) keep(draft *Chain) *Chain {
+	c := *draft
+	c.version = versions.Add(1)
+	c.starts, a.starts = put(a.starts, draft.starts)
+	c.exprs, a.exprs = put(a.exprs, draft.exprs)
+	c.text, a.text = put(a.text, draft.text)
+	c.wide, a.wide = put(a.wide, draft.wide)
+	c.counts, a.counts = put(a.counts, draft.counts)
+	return &c
+}
+
+// put copies a list into the block, or into a new one when that is full.
+func put[T any](block, list []T) (kept, rest []T) {
+	const length = 4096
+	if len(list) == 0 {
+		return nil, block
+	}
+	if cap(block)-len(block) < len(list) {
+		block = make([]T, 0, max(length, len(list)))
+	}
+	at := len(block)
+	block = append(block, list...)
+	return block[at:len(block):len(block)], block
+}
