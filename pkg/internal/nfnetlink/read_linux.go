@@ -3,7 +3,6 @@ package nfnetlink
 import (
 	"context"
 	"errors"
-	"fmt"
 	"syscall"
 	"time"
 
@@ -31,27 +30,18 @@ const mostReadings = 8
 // error number, and names the capability that is missing.
 func Read(ctx context.Context, read func(*Conn) (rs *netfilter.Ruleset, interrupted bool, err error)) (*netfilter.Ruleset, error) {
 	rs, err := readSettled(ctx, read)
-	switch {
-	case errors.Is(err, syscall.EPERM):
-		return nil, fmt.Errorf("reading the kernel's nf_tables: permission denied: it needs the capability NET_ADMIN: %w", err)
-	case err != nil:
-		return nil, fmt.Errorf("reading the kernel's nf_tables: %w", err)
+	if err != nil {
+		return nil, explain(err)
 	}
 	return rs, nil
 }
 
 func readSettled(ctx context.Context, read func(*Conn) (*netfilter.Ruleset, bool, error)) (*netfilter.Ruleset, error) {
-	conn, err := dial()
-	if errors.Is(err, syscall.EPROTONOSUPPORT) { // a kernel without netfilter's netlink
-		return &netfilter.Ruleset{}, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close()
-	if ok, err := conn.supported(); err != nil || !ok {
+	conn, err := open()
+	if err != nil || conn == nil {
 		return &netfilter.Ruleset{}, err
 	}
+	defer conn.Close()
 	var rs *netfilter.Ruleset
 	settled, err := conn.settle(ctx, func() (digest uint64, interrupted bool, err error) {
 		if rs, interrupted, err = read(conn); err != nil {
