@@ -22,25 +22,59 @@ var versions atomic.Uint64
 func (c *Chain) Version() uint64 { return c.version }
 
 // Revise returns a table with the name, chains, sets and numbers of t, in which
-// chains can be replaced while t, which must be complete, stays as it is. Only
-// the latest table of a line may be revised.
+// chains can be replaced while t, which must be complete, stays as it is. It
+// costs next to nothing until something is. Only the latest table of a line may
+// be revised.
 func (t *Table) Revise() *Table {
 	next := *t
-	next.chains = slices.Clone(t.chains)
-	next.order = slices.Clip(t.order)
-	next.sets = slices.Clone(t.sets)
-	// Readers of t may look names up, so its maps may not grow any more.
-	const few = 64
-	if len(t.newIDs) > few+len(t.ids)/8 {
-		next.ids = make(map[string]ChainID, len(t.names))
-		maps.Copy(next.ids, t.ids)
-		maps.Copy(next.ids, t.newIDs)
-		next.newIDs = nil
-	} else {
-		next.newIDs = maps.Clone(t.newIDs)
-	}
-	next.shared = true
+	next.shares = sharesAll
 	return &next
+}
+
+// What a revised table shares with the one before, which others may be reading.
+const (
+	sharesChains uint8 = 1 << iota // chains and order
+	sharesSets
+	sharesIDs
+	sharesAll = sharesChains | sharesSets | sharesIDs
+)
+
+// Touched reports whether the table differs from the one that it revises, be it
+// in counters.
+func (t *Table) Touched() bool { return t.shares != sharesAll }
+
+func (t *Table) ownChains() {
+	if t.shares&sharesChains != 0 {
+		t.chains, t.order = slices.Clone(t.chains), slices.Clone(t.order)
+		t.shares &^= sharesChains
+	}
+}
+
+func (t *Table) ownSets() {
+	if t.shares&sharesSets != 0 {
+		t.sets = slices.Clone(t.sets)
+		t.shares &^= sharesSets
+	}
+}
+
+// ownIDs makes room for new names, now and then in one map again.
+func (t *Table) ownIDs() {
+	const few = 64
+	switch {
+	case t.shares&sharesIDs == 0:
+		return
+	case len(t.newIDs) > few+len(t.ids)/8:
+		ids := make(map[string]ChainID, len(t.names))
+		maps.Copy(ids, t.ids)
+		maps.Copy(ids, t.newIDs)
+		t.ids, t.newIDs = ids, map[string]ChainID{}
+	case t.newIDs == nil:
+		t.newIDs = map[string]ChainID{}
+	default:
+		t.newIDs = maps.Clone(t.newIDs)
+	}
+	t.shares &^= sharesIDs
+	t.revised = true
 }
 
 // Worn reports whether so much was replaced since the table was read anew that
@@ -66,6 +100,7 @@ func (t *Table) Draft(c *Chain, name string) {
 func (t *Table) Adopt(draft *Chain) (changed bool) {
 	have := t.chains[draft.ID]
 	if have == nil || !have.sameRules(draft) {
+		t.ownChains()
 		c := t.arena.keep(draft)
 		if have == nil {
 			t.order = append(t.order, c.ID)
@@ -76,6 +111,7 @@ func (t *Table) Adopt(draft *Chain) (changed bool) {
 		return true
 	}
 	if !slices.Equal(have.counts, draft.counts) || have.Base != nil && have.Base.Counter != draft.Base.Counter {
+		t.ownChains()
 		c := *have
 		c.Base = draft.Base
 		// Not in the arena: these are replaced often.
@@ -90,17 +126,21 @@ func (t *Table) Remove(ids ...ChainID) {
 	if len(ids) == 0 {
 		return
 	}
+	t.ownChains()
 	for _, id := range ids {
 		if c := t.chains[id]; c != nil {
 			t.replaced += c.Len()
 			t.chains[id] = nil
 		}
 	}
-	t.order = slices.DeleteFunc(slices.Clone(t.order), func(id ChainID) bool { return t.chains[id] == nil })
+	t.order = slices.DeleteFunc(t.order, func(id ChainID) bool { return t.chains[id] == nil })
 }
 
 // ReplaceSet puts another set in the place of the one with that number.
-func (t *Table) ReplaceSet(n uint32, s *Set) { t.sets[n] = s }
+func (t *Table) ReplaceSet(n uint32, s *Set) {
+	t.ownSets()
+	t.sets[n] = s
+}
 
 // Revises reports whether t was made from the other table, or from one that was,
 // with Revise: chains and sets then have the same numbers in both.

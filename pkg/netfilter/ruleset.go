@@ -120,13 +120,14 @@ type Table struct {
 	Backend Backend
 
 	ids    map[string]ChainID
-	newIDs map[string]ChainID // since the table was revised: ids is shared then
+	newIDs map[string]ChainID // since the table was revised
 	names  []string
 	chains []*Chain  // by id; nil when only jumps name it
 	order  []ChainID // as the chains were declared
 	sets   []*Set
 
-	shared   bool   // made by Revise
+	shares   uint8  // what is still that of the table that this one revises
+	revised  bool   // new names go to newIDs
 	arena    *arena // of the line of tables
 	replaced int    // rules of the line that are there no more
 }
@@ -148,13 +149,12 @@ func (t *Table) ID(name string) ChainID {
 		return id
 	}
 	id := ChainID(len(t.names))
-	if !t.shared {
-		t.ids[name] = id
-	} else {
-		if t.newIDs == nil {
-			t.newIDs = map[string]ChainID{}
-		}
+	t.ownIDs()
+	t.ownChains()
+	if t.revised {
 		t.newIDs[name] = id
+	} else {
+		t.ids[name] = id
 	}
 	t.names = append(t.names, name)
 	t.chains = append(t.chains, nil)
@@ -200,6 +200,7 @@ func (t *Table) Lookup(name string) *Chain {
 func (t *Table) Declare(name string) *Chain {
 	id := t.ID(name)
 	if t.chains[id] == nil {
+		t.ownChains()
 		t.chains[id] = &Chain{Name: t.names[id], ID: id, family: t.Family, version: versions.Add(1)}
 		t.order = append(t.order, id)
 	}
@@ -217,6 +218,7 @@ func (t *Table) Chains() []*Chain {
 
 // AddSet adds a set or map, and returns its number.
 func (t *Table) AddSet(s *Set) uint32 {
+	t.ownSets()
 	t.sets = append(t.sets, s)
 	return uint32(len(t.sets) - 1)
 }
