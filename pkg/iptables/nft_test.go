@@ -209,8 +209,6 @@ func TestNFTPerChain(t *testing.T) {
 	loadNFT(t, b, false, counted(synthetic(t, 60, 3), 1))
 	loadNFT(t, b, true, counted(ruleFiles(t)["v1.35.4-iptables.save6"].rules, 2))
 	whole := listing(readNFT(t, b))
-	defer func(n uint64) { wholeTable = n }(wholeTable)
-	wholeTable = 0
 	if diff := cmp.Diff(whole, listing(readNFT(t, b))); diff != "" {
 		t.Errorf("rules differ (-whole +per chain):\n%s", diff)
 	}
@@ -376,10 +374,8 @@ func TestNFTWhileRulesChange(t *testing.T) {
 			}
 		}
 	}()
-	defer func(n uint64) { wholeTable = n }(wholeTable)
 	seen := map[string]int{}
 	for i := range 60 {
-		wholeTable = uint64(i%2) * 8000
 		rs := readNFT(t, b)
 		switch got := plain(rs); {
 		case rs.Torn:
@@ -430,8 +426,6 @@ func TestNFTTorn(t *testing.T) {
 			}
 		}
 	}()
-	defer func(n uint64) { wholeTable = n }(wholeTable)
-	wholeTable = 0 // the slower way
 	torn := 0
 	for range 20 {
 		rs := readNFT(t, b)

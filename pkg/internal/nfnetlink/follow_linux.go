@@ -112,7 +112,7 @@ func (f *Follower) refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 		return f.last, nil
 	}
 	if f.conn == nil {
-		conn, err := open()
+		conn, err := Open()
 		if err != nil {
 			return nil, err
 		}
@@ -235,9 +235,9 @@ func explain(err error) error {
 	return fmt.Errorf("reading the kernel's nf_tables: %w", err)
 }
 
-// open connects to the calling thread's namespace; nil means that the kernel has
+// Open connects to the calling thread's namespace; nil means that the kernel has
 // no nf_tables.
-func open() (*Conn, error) {
+func Open() (*Conn, error) {
 	conn, err := dial()
 	if errors.Is(err, syscall.EPROTONOSUPPORT) { // a kernel without netfilter's netlink
 		return nil, nil

@@ -37,7 +37,7 @@ func Read(ctx context.Context, read func(*Conn) (rs *netfilter.Ruleset, interrup
 }
 
 func readSettled(ctx context.Context, read func(*Conn) (*netfilter.Ruleset, bool, error)) (*netfilter.Ruleset, error) {
-	conn, err := open()
+	conn, err := Open()
 	if err != nil || conn == nil {
 		return &netfilter.Ruleset{}, err
 	}

@@ -1,0 +1,392 @@
+//go:build linux
+
+package iptables
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/natlens/natlens/internal/kubeproxy"
+	"github.com/natlens/natlens/internal/nodebox"
+	"github.com/natlens/natlens/pkg/internal/nfnetlink"
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// refreshNFT reads what can have moved.
+func refreshNFT(t testing.TB, b *nodebox.Box, n *NFT) *netfilter.Ruleset {
+	t.Helper()
+	var rs *netfilter.Ruleset
+	err := b.Node.Do(func() (err error) {
+		rs, err = n.Refresh(context.Background())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rs
+}
+
+// written is the whole of what kube-proxy writes for these Services.
+func written(t testing.TB, services []kubeproxy.Service) string {
+	t.Helper()
+	var b bytes.Buffer
+	cfg := kubeproxy.Config{PodCIDR: kubeproxy.SyntheticPodCIDR, NodeIP: kubeproxy.SyntheticNodeIP, SyncOrder: true}
+	if err := kubeproxy.Write(&b, cfg, services); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// partial is the input for iptables-restore --noflush that makes one dump out of
+// another as kube-proxy's partial sync does: chains that differ are rewritten,
+// and so are those that it rewrites always; chains that are gone are deleted.
+func partial(before, after string) string {
+	old, now := chainLines(before), chainLines(after)
+	var out strings.Builder
+	for _, table := range []string{"filter", "nat"} {
+		fmt.Fprintf(&out, "*%s\n", table)
+		var rules, gone []string
+		for _, key := range sortedKeys(now) {
+			if key.table != table || !strings.HasPrefix(key.chain, "KUBE-") {
+				continue
+			}
+			always := slices.Contains([]string{"KUBE-SERVICES", "KUBE-NODEPORTS", "KUBE-POSTROUTING", "KUBE-MARK-MASQ"}, key.chain)
+			if have, ok := old[key]; !ok || always || !slices.Equal(have, now[key]) {
+				fmt.Fprintf(&out, ":%s - [0:0]\n", key.chain)
+				rules = append(rules, now[key]...)
+			}
+		}
+		for _, key := range sortedKeys(old) {
+			if _, ok := now[key]; !ok && key.table == table {
+				fmt.Fprintf(&out, ":%s - [0:0]\n", key.chain)
+				gone = append(gone, "-X "+key.chain+"\n")
+			}
+		}
+		out.WriteString(strings.Join(rules, "") + strings.Join(gone, "") + "COMMIT\n")
+	}
+	return out.String()
+}
+
+type chainKey struct{ table, chain string }
+
+func sortedKeys(m map[chainKey][]string) []chainKey {
+	return slices.SortedFunc(maps.Keys(m), func(a, b chainKey) int { return strings.Compare(a.table+" "+a.chain, b.table+" "+b.chain) })
+}
+
+// chainLines are the rules of each chain of a dump.
+func chainLines(dump string) map[chainKey][]string {
+	out := map[chainKey][]string{}
+	var table string
+	for line := range strings.Lines(dump) {
+		words := strings.Fields(line)
+		switch {
+		case line[0] == '*':
+			table = words[0][1:]
+		case line[0] == ':':
+			out[chainKey{table, words[0][1:]}] = nil
+		case words[0] == "-A":
+			k := chainKey{table, words[1]}
+			out[k] = append(out[k], line)
+		}
+	}
+	return out
+}
+
+// TestNFTRefreshFollows changes Services as a cluster does, some of them many
+// times, and edits rules by hand, and wants Refresh to tell what Read tells.
+func TestNFTRefreshFollows(t *testing.T) {
+	const seed = 7
+	r := rand.New(rand.NewPCG(seed, 1))
+	b := newNode(t, nftPrograms...)
+	services := kubeproxy.Synthetic(150, 10) // above manyChains
+	dump := written(t, services)
+	loadNFT(t, b, false, dump)
+	var n NFT
+	defer n.Close()
+	refreshNFT(t, b, &n)
+	pinnedOnce := false
+	for i := range 60 {
+		var what string
+		switch r.IntN(10) {
+		case 0:
+			what = "nothing"
+		case 1:
+			what = "a rule by hand"
+			run(t, b, "iptables-nft", "-t", "nat", "-I", "KUBE-SERVICES", "-d", fmt.Sprintf("192.0.2.%d", i), "-j", "ACCEPT")
+		case 2:
+			what = "a chain that nothing leads to"
+			run(t, b, "iptables-nft", "-t", "filter", "-N", fmt.Sprintf("LONER-%d", i))
+		case 3:
+			what = "everything anew"
+			loadNFT(t, b, false, dump)
+		case 4:
+			what = "a table of IPv6, there or gone"
+			if i%2 == 0 {
+				run(t, b, "ip6tables-nft", "-t", "raw", "-A", "OUTPUT", "-j", "ACCEPT")
+			} else {
+				_ = b.Node.Run(exec.Command("nft", "delete", "table", "ip6", "raw"))
+			}
+		case 5:
+			what = "policy"
+			run(t, b, "iptables-nft", "-P", "FORWARD", []string{"DROP", "ACCEPT"}[i%2])
+		default:
+			what = "Services"
+			services = slices.Clone(services)
+			for range 1 + r.IntN(4) {
+				s := &services[r.IntN(len(services))]
+				switch r.IntN(4) {
+				case 0:
+					s.Endpoints = nil
+				case 1:
+					s.AffinitySeconds = 10800 - s.AffinitySeconds // the same chains, with other rules
+				default:
+					s.Endpoints = nil
+					for e := range 1 + r.IntN(12) {
+						addr := netip.AddrFrom4([4]byte{10, 200, byte(r.IntN(3)), byte(e)})
+						s.Endpoints = append(s.Endpoints, kubeproxy.Endpoint{Addr: netip.AddrPortFrom(addr, 8080)})
+					}
+				}
+			}
+			after := written(t, services)
+			feed(t, b, partial(dump, after), "iptables-nft-restore", "--noflush", "--counters")
+			dump = after
+		}
+		got := refreshNFT(t, b, &n)
+		if diff := cmp.Diff(listing(readNFT(t, b)), listing(got)); diff != "" {
+			t.Fatalf("step %d, %s: rules differ (-read +refreshed):\n%s", i, what, diff)
+		}
+		pinnedOnce = pinnedOnce || n.stepper.pruned
+		if again := refreshNFT(t, b, &n); again != got {
+			t.Fatalf("step %d, %s: nothing moved, but there is another ruleset", i, what)
+		}
+	}
+	if !pinnedOnce {
+		t.Error("no step left anything out: the test is too small")
+	}
+}
+
+// TestNFTConfirm edits an endpoint's chain by hand: the next look may not see
+// it, but the one that reads everything does, and only that chain is another.
+func TestNFTConfirm(t *testing.T) {
+	b := newNode(t, nftPrograms...)
+	loadNFT(t, b, false, written(t, kubeproxy.Synthetic(150, 10)))
+	var n NFT
+	defer n.Close()
+	before := refreshNFT(t, b, &n)
+	var name string
+	for _, c := range before.Table(netfilter.IPv4, "nat").Chains() {
+		if strings.HasPrefix(c.Name, "KUBE-SEP-") {
+			name = c.Name
+		}
+	}
+	run(t, b, "iptables-nft", "-t", "nat", "-I", name, "-s", "192.0.2.1", "-j", "ACCEPT")
+	refreshNFT(t, b, &n)
+	if !n.stepper.pruned {
+		t.Fatal("nothing was left out")
+	}
+	var got *netfilter.Ruleset
+	err := b.Node.Do(func() error {
+		conn, err := nfnetlink.Open()
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		rs, interrupted, pruned, err := n.stepper.Step(t.Context(), conn, nfnetlink.Everything)
+		if interrupted || pruned {
+			t.Errorf("interrupted %t, pruned %t", interrupted, pruned)
+		}
+		got = rs
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(listing(readNFT(t, b)), listing(got)); diff != "" {
+		t.Errorf("rules differ (-read +confirmed):\n%s", diff)
+	}
+	nat := before.Table(netfilter.IPv4, "nat")
+	for _, c := range got.Table(netfilter.IPv4, "nat").Chains() {
+		if was := nat.Lookup(c.Name); c.Name != name && was.Version() != c.Version() {
+			t.Errorf("%s is another, though only %s was edited", c.Name, name)
+		}
+	}
+}
+
+// TestNFTRefreshCounts sends packets through chains behind chains, and wants
+// Refresh to tell what each has counted.
+func TestNFTRefreshCounts(t *testing.T) {
+	b := newNode(t, nftPrograms...)
+	loadNFT(t, b, false, `*filter
+:INPUT ACCEPT [0:0]
+:FORWARD ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+:A - [0:0]
+:B - [0:0]
+:C - [0:0]
+:D - [0:0]
+-A OUTPUT -p udp -m udp --dport 9 -j A
+-A OUTPUT -p udp -m udp --dport 10 -g D
+-A A -j B
+-A A -j C
+-A B -m comment --comment "counts"
+-A B -m udp -p udp --dport 9 -j RETURN
+-A C -j RETURN
+-A D -j RETURN
+COMMIT
+`)
+	var n NFT
+	defer n.Close()
+	last := refreshNFT(t, b, &n)
+	for i := range 12 {
+		port := 9 + i%3 // nothing asks for port 11, but the policy counts
+		conn, err := b.Node.Dial(t.Context(), "udp", fmt.Sprintf("10.146.0.100:%d", port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The answer to a closed port may come as an error of a later write.
+		if _, err := conn.Write([]byte("abc")); err != nil && !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Fatal(err)
+		}
+		conn.Close()
+		// Once more, since the first look may come while the packet is under way.
+		refreshNFT(t, b, &n)
+		got := refreshNFT(t, b, &n)
+		if diff := cmp.Diff(listing(readNFT(t, b)), listing(got)); diff != "" {
+			t.Fatalf("packet %d: (-read +refreshed):\n%s", i, diff)
+		}
+		if got == last || !got.SameRules(last) {
+			t.Fatalf("packet %d: the same ruleset: %t, the same rules: %t", i, got == last, got.SameRules(last))
+		}
+		last = got
+	}
+}
+
+// TestNFTRefreshWhileRulesChange rewrites Services as fast as it can. Each
+// ruleset must be one of those that were written, or say that it is torn; memory
+// must not grow; and the last is what Read tells. NATLENS_STRESS sets how long.
+func TestNFTRefreshWhileRulesChange(t *testing.T) {
+	lasts := 6 * time.Second
+	if s := os.Getenv("NATLENS_STRESS"); s != "" {
+		d, err := time.ParseDuration(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lasts = d
+	}
+	b := newNode(t, nftPrograms...)
+	// Services of generation k have endpoints in 10.k.0.0/16, some have none, and
+	// the first Services come and go.
+	const generations = 7
+	var dumps []string
+	want := map[string]int{}
+	for k := range generations {
+		services := kubeproxy.Synthetic(120, 10)[k:]
+		for i := range services {
+			for e := range services[i].Endpoints {
+				a := services[i].Endpoints[e].Addr
+				ip := a.Addr().As4()
+				ip[1] = byte(100 + k)
+				services[i].Endpoints[e].Addr = netip.AddrPortFrom(netip.AddrFrom4(ip), a.Port())
+			}
+		}
+		dumps = append(dumps, written(t, services))
+		loadNFT(t, b, false, dumps[k])
+		want[natOf(readNFT(t, b))] = k
+	}
+	if len(want) != generations {
+		t.Fatalf("%d generations are alike", generations-len(want)+1)
+	}
+	stop, done := make(chan struct{}), make(chan error, 1)
+	go func() {
+		for at := generations - 1; ; {
+			next := (at + 1) % generations
+			cmd := exec.Command("iptables-nft-restore", "--noflush")
+			cmd.Stdin = strings.NewReader(partial(dumps[at], dumps[next]))
+			if err := b.Node.Run(cmd); err != nil {
+				done <- err
+				return
+			}
+			at = next
+			select {
+			case <-stop:
+				done <- nil
+				return
+			default:
+			}
+		}
+	}()
+	var n NFT
+	defer n.Close()
+	seen := map[string]int{}
+	var early, late uint64
+	began := time.Now()
+	for time.Since(began) < lasts {
+		rs := refreshNFT(t, b, &n)
+		k, ok := want[natOf(rs)]
+		switch {
+		case ok:
+			seen[fmt.Sprint(k)]++
+		case rs.Torn:
+			seen["torn"]++
+		default:
+			t.Fatalf("read %v: %d rules that were never written", seen, rs.RuleCount())
+		}
+		if late = heapInUse(); early == 0 && time.Since(began) > lasts/4 {
+			early = late
+		}
+	}
+	close(stop)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("generations seen %v, heap %d then %d KB", seen, early>>10, late>>10)
+	if len(seen) < 3 {
+		t.Errorf("too few generations were seen: %v", seen)
+	}
+	if late > early+early/2 {
+		t.Errorf("the heap grew from %d to %d bytes", early, late)
+	}
+	if diff := cmp.Diff(listing(readNFT(t, b)), listing(refreshNFT(t, b, &n))); diff != "" {
+		t.Errorf("at the end (-read +refreshed):\n%s", diff)
+	}
+}
+
+// natOf is the nat table as text, without counters. iptables-nft-restore has a
+// transaction for each table.
+func natOf(rs *netfilter.Ruleset) string {
+	t := rs.Table(netfilter.IPv4, "nat")
+	if t == nil {
+		return ""
+	}
+	var lines []string
+	for _, c := range t.Chains() {
+		lines = append(lines, c.Name)
+		for i := range c.Len() {
+			lines = append(lines, fmt.Sprintf("%s %d %s", c.Name, i, RuleText(t, c, i)))
+		}
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
+
+func heapInUse() uint64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
+}

@@ -1,0 +1,511 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/natlens/natlens/pkg/internal/nfnetlink"
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// This file reads the tables of iptables-nft, in steps:
+//
+//	Everything  built-in chains ─jumps─▶ every chain, and those that no jump leads to
+//	Changes     the same way, but known KUBE-SEP chains of a large table are left out
+//	            while the chains that lead to them are as before
+//	Counters    built-in chains ─jumps that counted─▶ the chains behind them
+//
+// Chains are read one by one. The kernel walks a table's rules from the first
+// for each 32 KiB of a dump (__nf_tables_dump_rules in
+// net/netfilter/nf_tables_api.c), so that the dump of a whole table is quadratic;
+// so is that of all chains' names, which is why jumps find them.
+
+// Attributes of tables and chains (enum nft_table_attributes, enum
+// nft_chain_attributes).
+const (
+	nftaTableName  = 1
+	nftaTableFlags = 2
+	nftaTableUse   = 3
+
+	nftaChainTable    = 1
+	nftaChainName     = 3
+	nftaChainHook     = 4
+	nftaChainPolicy   = 5
+	nftaChainType     = 7
+	nftaChainCounters = 8
+	nftaChainFlags    = 10
+)
+
+const (
+	// manyChains is from how many chains on a step leaves out endpoints' chains:
+	// fewer are read in some milliseconds.
+	manyChains = 1000
+	// fewChains is up to how many chains a dump of their names costs a few
+	// milliseconds.
+	fewChains = 5000
+)
+
+// loners are chains that no rule leads to and that most nodes have: kubelet and
+// kube-proxy make them to notice when somebody flushes the table.
+var loners = []string{"KUBE-KUBELET-CANARY", "KUBE-PROXY-CANARY"}
+
+// nftStepper reads the tables of iptables-nft of one namespace, and keeps them for
+// the next step. It implements nfnetlink.Stepper.
+type nftStepper struct {
+	rules  *netfilter.Ruleset // of the last step
+	tables []*nftTable
+
+	// Of the step at hand.
+	ctx         context.Context
+	conn        *nfnetlink.Conn
+	step        nfnetlink.Step
+	interrupted bool
+	pruned      bool
+
+	draft   netfilter.Chain // reused
+	request []byte          // reused
+}
+
+// nftTable is one table, as of the last step, and while it is read.
+type nftTable struct {
+	last   *netfilter.Table // complete, and maybe published
+	next   *netfilter.Table // revises last, during a step
+	proto  uint8
+	flags  uint32
+	use    uint32 // how many chains, sets and other objects the kernel counts, pending ones too
+	reason string // why it cannot be read
+	decode *nftDecoder
+
+	marks []chainMark         // by ChainID
+	queue []netfilter.ChainID // to read
+	// counted are the chains that the last Counters found behind jumps that had
+	// counted. They are read once more: the dumps are not of one moment.
+	counted []netfilter.ChainID
+	absent  uint32 // built-in chains that the kernel does not have
+}
+
+// chainMark is what a step knows of a chain.
+type chainMark uint8
+
+const (
+	markReached chainMark = 1 << iota // it exists: a rule leads to it, or the kernel says so
+	markQueued
+)
+
+// Forget implements nfnetlink.Stepper.
+func (s *nftStepper) Forget() { *s = nftStepper{} }
+
+// Step implements nfnetlink.Stepper.
+func (s *nftStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetlink.Step) (rs *netfilter.Ruleset, interrupted, pruned bool, err error) {
+	s.ctx, s.conn, s.step, s.interrupted, s.pruned = ctx, conn, step, false, false
+	before := s.tables
+	if step != nfnetlink.Counters {
+		if s.tables, err = s.list(); err != nil {
+			return nil, false, false, err
+		}
+	}
+	next := &netfilter.Ruleset{}
+	same := s.rules != nil && slices.Equal(before, s.tables)
+	for _, t := range s.tables {
+		if err := s.read(t); err != nil {
+			return nil, false, false, err
+		}
+		if t.reason != "" {
+			next.Unreadable = append(next.Unreadable, netfilter.Unreadable{Family: t.last.Family, Table: t.last.Name, Backend: netfilter.BackendNFT, Reason: t.reason})
+		} else {
+			if t.next.Touched() {
+				t.last, same = t.next, false
+			}
+			next.Tables = append(next.Tables, t.last)
+		}
+	}
+	if !same || !slices.Equal(next.Unreadable, s.rules.Unreadable) {
+		s.rules = next
+	}
+	return s.rules, s.interrupted, s.pruned, nil
+}
+
+// list returns the tables that there are, with what is known of them.
+func (s *nftStepper) list() ([]*nftTable, error) {
+	var out []*nftTable
+	for _, f := range []struct {
+		proto  uint8
+		family netfilter.Family
+	}{{unix.NFPROTO_IPV4, netfilter.IPv4}, {unix.NFPROTO_IPV6, netfilter.IPv6}} {
+		err := s.dump(unix.NFT_MSG_GETTABLE, f.proto, nil, func(b []byte) error {
+			var a [nftaTableUse + 1][]byte
+			nfnetlink.Collect(b, a[:])
+			name := string(nfnetlink.String(a[nftaTableName]))
+			if builtin[name] == nil {
+				return nil
+			}
+			t := s.known(f.family, name)
+			if t == nil {
+				t = &nftTable{last: netfilter.NewTable(f.family, name, netfilter.BackendNFT), proto: f.proto}
+			}
+			t.flags, _ = nfnetlink.Uint32(a[nftaTableFlags])
+			t.use, _ = nfnetlink.Uint32(a[nftaTableUse])
+			out = append(out, t)
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+func (s *nftStepper) known(f netfilter.Family, name string) *nftTable {
+	i := slices.IndexFunc(s.tables, func(t *nftTable) bool { return t.last.Family == f && t.last.Name == name })
+	if i < 0 {
+		return nil
+	}
+	return s.tables[i]
+}
+
+// dump is Conn.Dump, but an interrupted dump is no error yet.
+func (s *nftStepper) dump(kind int, proto uint8, attrs []byte, each func([]byte) error) error {
+	if err := s.ctx.Err(); err != nil {
+		return err
+	}
+	err := s.conn.Dump(kind, proto, attrs, each)
+	if errors.Is(err, nfnetlink.ErrInterrupted) {
+		s.interrupted = true
+		return nil
+	}
+	return err
+}
+
+// read reads what the step wants of one table.
+func (s *nftStepper) read(t *nftTable) error {
+	t.begin()
+	if s.step != nfnetlink.Counters {
+		t.judge()
+	}
+	if t.reason != "" && s.step == nfnetlink.Counters {
+		return nil
+	}
+	if err := s.builtins(t); err != nil || t.reason != "" {
+		return err
+	}
+	if s.step == nfnetlink.Counters {
+		for _, id := range t.counted {
+			t.enqueue(id)
+		}
+		t.counted = t.counted[:0]
+		return s.work(t)
+	}
+	t.counted = t.counted[:0]
+	if err := s.work(t); err != nil {
+		return err
+	}
+	if err := s.unreached(t); err != nil || t.reason != "" {
+		return err
+	}
+	return s.work(t)
+}
+
+// begin prepares a table for a step.
+func (t *nftTable) begin() {
+	if t.last.Worn() {
+		t.last = netfilter.NewTable(t.last.Family, t.last.Name, t.last.Backend)
+		t.marks = nil
+	}
+	t.next = t.last.Revise()
+	if t.decode == nil {
+		t.decode = newNFTDecoder(t.next)
+	}
+	t.decode.table = t.next
+	clear(t.marks)
+	t.queue, t.absent = t.queue[:0], 0
+}
+
+// judge says why a table cannot be read, as far as the table itself tells.
+func (t *nftTable) judge() {
+	const dormant = 1 // NFT_TABLE_F_DORMANT
+	t.reason = ""
+	if t.flags&dormant != 0 {
+		t.reason = fmt.Sprintf("the nf_tables table %q of %v is dormant: its rules are switched off, which iptables cannot do: another program did it, see nft list table", t.last.Name, t.last.Family)
+	}
+}
+
+func (t *nftTable) mark(id netfilter.ChainID) *chainMark {
+	if n := t.next.NameCount(); n > len(t.marks) {
+		t.marks = append(t.marks, make([]chainMark, n-len(t.marks)+n/8)...)
+	}
+	return &t.marks[id]
+}
+
+// enqueue has a chain read, once.
+func (t *nftTable) enqueue(id netfilter.ChainID) {
+	if m := t.mark(id); *m&markQueued == 0 {
+		*m |= markQueued | markReached
+		t.queue = append(t.queue, id)
+	}
+}
+
+// builtins reads the chains that hang on hooks. iptables-nft makes one when the
+// first rule needs it, and prints all of them always.
+func (s *nftStepper) builtins(t *nftTable) error {
+	for h := netfilter.Prerouting; h <= netfilter.Postrouting; h++ {
+		base, isBuiltin := builtin[t.last.Name][h.String()]
+		if !isBuiltin {
+			continue
+		}
+		base.Policy = netfilter.Accept
+		a, exists, err := s.ask(t, h.String())
+		if err != nil {
+			return err
+		}
+		if !exists {
+			t.absent++
+		} else if base = t.base(h.String(), &a); t.reason != "" {
+			return nil
+		}
+		id := t.next.ID(h.String())
+		*t.mark(id) |= markReached | markQueued
+		if err := s.chain(t, id, &base, exists); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// chainAttrs are the attributes of a chain.
+type chainAttrs [nftaChainFlags + 1][]byte
+
+// ask asks for one chain, without its rules.
+func (s *nftStepper) ask(t *nftTable, name string) (a chainAttrs, exists bool, err error) {
+	if err := s.ctx.Err(); err != nil {
+		return a, false, err
+	}
+	s.request = nfnetlink.AppendString(s.request[:0], nftaChainTable, t.last.Name)
+	s.request = nfnetlink.AppendString(s.request, nftaChainName, name)
+	b, err := s.conn.Get(unix.NFT_MSG_GETCHAIN, t.proto, s.request)
+	if errors.Is(err, syscall.ENOENT) {
+		return a, false, nil
+	}
+	nfnetlink.Collect(b, a[:])
+	return a, err == nil, err
+}
+
+// base returns what ties a chain to its hook, if that is what iptables ties it
+// to; otherwise the table has a reason not to be read.
+func (t *nftTable) base(name string, a *chainAttrs) netfilter.Base {
+	const number, priority = 1, 2
+	var h [priority + 1][]byte
+	nfnetlink.Collect(a[nftaChainHook], h[:])
+	hook, ok1 := nfnetlink.Uint32(h[number])
+	p, ok2 := nfnetlink.Uint32(h[priority])
+	policy, ok3 := nfnetlink.Uint32(a[nftaChainPolicy])
+	kind := netfilter.TypeFilter
+	if string(nfnetlink.String(a[nftaChainType])) == "nat" {
+		kind = netfilter.TypeNAT
+	}
+	want, isBuiltin := builtin[t.last.Name][name]
+	base := netfilter.Base{Hook: want.Hook, Priority: int(int32(p)), Type: kind, Policy: netfilter.Accept}
+	const securityPriority = 150 // what iptables-nft uses; the kernel's own is 50
+	fits := base.Priority == want.Priority || t.last.Name == "security" && base.Priority == securityPriority
+	if !isBuiltin || !ok1 || !ok2 || !ok3 || hook != uint32(want.Hook) || kind != want.Type || !fits || policy > nfAccept {
+		at := fmt.Sprintf("hook %d", hook)
+		if hook <= uint32(netfilter.Postrouting) {
+			at = "hook " + netfilter.Hook(hook).String()
+		}
+		t.reason = fmt.Sprintf("the nf_tables table %q of %v is not in the layout of iptables-nft: its chain %q is at %s with priority %d, where iptables has none of that name: another program made it, read it with nft",
+			t.last.Name, t.last.Family, name, at, base.Priority)
+		return base
+	}
+	if policy == nfDrop {
+		base.Policy = netfilter.Drop
+	}
+	const size, packets = 1, 2
+	var n [packets + 1][]byte
+	nfnetlink.Collect(a[nftaChainCounters], n[:])
+	base.Counter.Bytes, _ = nfnetlink.Uint64(n[size])
+	base.Counter.Packets, _ = nfnetlink.Uint64(n[packets])
+	return base
+}
+
+// work reads the chains that are queued, and those that they lead to.
+func (s *nftStepper) work(t *nftTable) error {
+	for len(t.queue) > 0 {
+		id := t.queue[len(t.queue)-1]
+		t.queue = t.queue[:len(t.queue)-1]
+		if err := s.chain(t, id, nil, true); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// chain reads the rules of a chain, puts them into the table, and queues the
+// chains that they lead to.
+func (s *nftStepper) chain(t *nftTable, id netfilter.ChainID, base *netfilter.Base, exists bool) error {
+	t.next.Draft(&s.draft, t.next.ChainName(id))
+	s.draft.Base = base
+	if exists {
+		s.request = nfnetlink.AppendString(s.request[:0], nftaRuleTable, t.last.Name)
+		s.request = nfnetlink.AppendString(s.request, nftaRuleChain, s.draft.Name)
+		err := s.dump(unix.NFT_MSG_GETRULE, t.proto, s.request, func(b []byte) error {
+			var a [nftaRuleUserData + 1][]byte
+			nfnetlink.Collect(b, a[:]) // newer kernels may say more
+			if string(nfnetlink.String(a[nftaRuleTable])) == t.last.Name && string(nfnetlink.String(a[nftaRuleChain])) == s.draft.Name {
+				t.decode.rule(&s.draft, a[nftaRuleExpressions], a[nftaRuleUserData])
+			} // else the kernel does not filter
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	before := t.next.ByID(id)
+	changed := t.next.Adopt(&s.draft)
+	if changed && s.step == nfnetlink.Counters {
+		s.interrupted = true
+	}
+	s.follow(t, &s.draft, before, changed)
+	return nil
+}
+
+// follow goes on to the chains that a chain leads to, as far as the step wants
+// them.
+func (s *nftStepper) follow(t *nftTable, c, before *netfilter.Chain, changed bool) {
+	for i := range c.Len() {
+		rule := c.Rule(i)
+		if len(rule) == 0 {
+			continue
+		}
+		e := rule[len(rule)-1]
+		if e.Kind != netfilter.Jump && e.Kind != netfilter.Goto {
+			continue
+		}
+		target := netfilter.ChainID(e.A)
+		// A rule counts before the rules behind its jump do.
+		counted := before == nil || i >= before.Len() || !sameCount(c, before, i)
+		switch {
+		case s.step == nfnetlink.Counters:
+			if counted {
+				t.counted = append(t.counted, target)
+				t.enqueue(target)
+			}
+		case !changed && s.pinned(t, target):
+			s.pruned = true
+			*t.mark(target) |= markReached
+			if counted {
+				t.counted = append(t.counted, target)
+			}
+		default:
+			t.enqueue(target)
+		}
+	}
+}
+
+func sameCount(a, b *netfilter.Chain, i int) bool {
+	m, _ := a.Counter(i)
+	n, _ := b.Counter(i)
+	return m == n
+}
+
+// pinned reports whether a chain is taken to be as before: that of an endpoint,
+// whose name kube-proxy makes of where it sends to.
+func (s *nftStepper) pinned(t *nftTable, id netfilter.ChainID) bool {
+	if s.step != nfnetlink.Changes || t.use < manyChains {
+		return false
+	}
+	c := t.next.ByID(id)
+	if c == nil || c.Len() == 0 || !strings.HasPrefix(c.Name, "KUBE-SEP-") {
+		return false
+	}
+	// A reading that was interrupted may have left it without its end.
+	last := c.Rule(c.Len() - 1)
+	return len(last) > 0 && last[len(last)-1].Kind == netfilter.DNAT
+}
+
+// unreached deals with the chains that no jump leads to: those known before may
+// be gone, and others may be new.
+func (s *nftStepper) unreached(t *nftTable) error {
+	var gone []netfilter.ChainID
+	chains := -t.absent
+	for id := range netfilter.ChainID(t.next.NameCount()) {
+		c := t.next.ByID(id)
+		if c == nil {
+			continue // a name of the past
+		}
+		chains++
+		if *t.mark(id)&markReached != 0 {
+			continue
+		}
+		_, exists, err := s.ask(t, c.Name)
+		switch {
+		case err != nil:
+			return err
+		case !exists:
+			gone = append(gone, id)
+			chains--
+		case !s.pinned(t, id):
+			t.enqueue(id)
+		}
+	}
+	t.next.Remove(gone...)
+	for _, name := range loners {
+		if t.next.Lookup(name) != nil {
+			continue
+		}
+		_, exists, err := s.ask(t, name)
+		if err != nil {
+			return err
+		}
+		if exists {
+			t.enqueue(t.next.ID(name))
+			chains++
+		}
+	}
+	// A transaction under way is in what the kernel counts already, so that the
+	// counts may agree though chains were missed. Those are of no use to a packet.
+	missed := chains != t.use
+	all := s.use(t.proto) // a dump of chains is one of all tables of the family
+	if s.step == nfnetlink.Changes && all > fewChains {
+		s.pruned = s.pruned || missed
+		return nil
+	}
+	if missed || all < 4*fewChains {
+		return s.names(t)
+	}
+	return nil
+}
+
+// use returns how many chains the tables of a family have, at least.
+func (s *nftStepper) use(proto uint8) uint32 {
+	sum := uint32(0)
+	for _, t := range s.tables {
+		if t.proto == proto {
+			sum += t.use
+		}
+	}
+	return sum
+}
+
+// names asks for the names of all chains, and queues those that were not found.
+func (s *nftStepper) names(t *nftTable) error {
+	return s.dump(unix.NFT_MSG_GETCHAIN, t.proto, nil, func(b []byte) error {
+		var a chainAttrs
+		nfnetlink.Collect(b, a[:])
+		name := nfnetlink.String(a[nftaChainName])
+		if string(nfnetlink.String(a[nftaChainTable])) != t.last.Name || len(name) == 0 {
+			return nil
+		}
+		if id := t.next.IDOf(name); *t.mark(id)&markReached == 0 {
+			t.enqueue(id)
+			if a[nftaChainHook] != nil && t.reason == "" {
+				t.base(string(name), &a)
+			}
+		}
+		return nil
+	})
+}
