@@ -107,7 +107,8 @@ func demoLive(ctx context.Context, ln net.Listener, stdout io.Writer, log *slog.
 		return cannotRun{err}
 	}
 	defer d.Close()
-	keeper := &snapshot.Keeper{Reader: d.Reader(&kernelReader{}), Node: d.Node, Name: "demo", Interval: 2 * time.Second, Log: log}
+	reader := &kernelReader{}
+	keeper := &snapshot.Keeper{Reader: d.Reader(reader), Moved: reader.Moved, Node: d.Node, Name: "demo", Interval: 2 * time.Second, Log: log}
 	if err := keeper.Refresh(ctx); err != nil {
 		return cannotRun{err}
 	}

@@ -18,20 +18,33 @@ func newReader(name string) (snapshot.Reader, error) {
 }
 
 // kernelReader reads all that kube-proxy may have written, in any of its modes.
+// After the first time it reads what can have moved.
 type kernelReader struct {
 	iptables iptables.Kernel
 	nftables nftables.Live
+	last     [2]*netfilter.Ruleset // of the two
+	merged   *netfilter.Ruleset
 }
 
 // Read implements snapshot.Reader.
 func (r *kernelReader) Read(ctx context.Context) (*netfilter.Ruleset, error) {
-	a, err := r.iptables.Read(ctx)
+	a, err := r.iptables.Refresh(ctx)
 	if err != nil {
 		return nil, err
 	}
-	b, err := r.nftables.Read(ctx)
+	b, err := r.nftables.Refresh(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return netfilter.Merge(b, a)
+	if now := [2]*netfilter.Ruleset{b, a}; r.merged == nil || now != r.last {
+		if r.merged, err = netfilter.Merge(b, a); err != nil {
+			return nil, err
+		}
+		r.last = now
+	}
+	return r.merged, nil
 }
+
+// Moved reports whether nf_tables has changed since the last Read. The legacy
+// backend does not tell.
+func (r *kernelReader) Moved() bool { return r.iptables.Moved() || r.nftables.Moved() }

@@ -106,6 +106,9 @@ func serve(ctx context.Context, src source, opts serveOptions, log *slog.Logger)
 		}
 	}
 	keeper := &snapshot.Keeper{Reader: reader, Node: about, Name: src.name, Backend: backend, Interval: opts.interval, Log: log}
+	if r, ok := reader.(interface{ Moved() bool }); ok {
+		keeper.Moved = r.Moved
+	}
 	ln, err := net.Listen("tcp", opts.listen)
 	if err != nil {
 		return fmt.Errorf("%w: choose another with --listen", err)

@@ -13,6 +13,8 @@ import (
 
 // Reader reads all rules of the node. It is called by one goroutine at a time.
 type Reader interface {
+	// Read returns the rules as of now. It may return the very ruleset of the
+	// last time when nothing has moved, nor any counter.
 	Read(ctx context.Context) (*netfilter.Ruleset, error)
 }
 
@@ -22,8 +24,11 @@ type Keeper struct {
 	Node     func() (chain.Node, error) // asked before each reading: addresses come and go
 	Name     string                     // of the node
 	Backend  string                     // for Build
-	Interval time.Duration              // from the end of one reading to the start of the next
+	Interval time.Duration              // from the end of one reading to the start of the next, unless rules move
 	Log      *slog.Logger
+	// Moved reports whether rules have changed since the last reading, as far as
+	// can be told at next to no cost; nil for never.
+	Moved func() bool
 
 	current atomic.Pointer[Snapshot]
 	reads   atomic.Uint64
@@ -38,6 +43,10 @@ type Keeper struct {
 // a reading is at least so many times as long as the reading was.
 const busyShare = 10
 
+// pollPause is how often the reader is asked whether rules have moved: some
+// microseconds each time.
+const pollPause = 20 * time.Millisecond
+
 // Snapshot returns the latest snapshot; nil before the first reading worked.
 func (k *Keeper) Snapshot() *Snapshot { return k.current.Load() }
 
@@ -47,17 +56,37 @@ func (k *Keeper) Reads() (ok, failed uint64) { return k.reads.Load(), k.failed.L
 // Changes returns how many readings found other rules than the one before.
 func (k *Keeper) Changes() uint64 { return k.changes.Load() }
 
-// Run reads until the context ends.
+// Run reads until the context ends: whenever rules have moved, and at each
+// interval for what they have counted.
 func (k *Keeper) Run(ctx context.Context) {
-	for {
+	for ctx.Err() == nil {
 		start := time.Now()
 		_ = k.Refresh(ctx) // logged, and shown in every output
-		pause := max(k.Interval, busyShare*time.Since(start))
+		rest := busyShare * time.Since(start)
+		k.pause(ctx, rest, max(k.Interval, rest))
+	}
+}
+
+// pause waits for so long, or, after a rest, until rules have moved.
+func (k *Keeper) pause(ctx context.Context, rest, long time.Duration) {
+	start := time.Now()
+	step := long
+	if k.Moved != nil {
+		step = pollPause
+	}
+	timer := time.NewTimer(max(rest, step))
+	defer timer.Stop()
+	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(pause):
+		case <-timer.C:
 		}
+		left := long - time.Since(start)
+		if left <= 0 || k.Moved != nil && k.Moved() {
+			return
+		}
+		timer.Reset(min(step, left))
 	}
 }
 
@@ -65,11 +94,11 @@ func (k *Keeper) Run(ctx context.Context) {
 // stale.
 func (k *Keeper) Refresh(ctx context.Context) error {
 	start := time.Now()
-	next, err := k.read(ctx, start)
+	last := k.current.Load()
+	next, err := k.read(ctx, last, start)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	last := k.current.Load()
 	if err != nil {
 		k.failed.Add(1)
 		k.Log.Error("reading the rules failed", "error", err, "kept", last != nil)
@@ -82,17 +111,8 @@ func (k *Keeper) Refresh(ctx context.Context) error {
 	}
 	k.reads.Add(1)
 	next.Took = time.Since(start)
-	changed := last == nil || last.digest != next.digest
-	if last != nil {
-		next.Version = last.Version
-		for key := range next.Since {
-			if t, ok := last.Since[key]; ok {
-				next.Since[key] = t
-			}
-		}
-	}
+	changed := last == nil || last.Version != next.Version
 	if changed {
-		next.Version++
 		if last != nil {
 			k.changes.Add(1)
 		}
@@ -102,7 +122,7 @@ func (k *Keeper) Refresh(ctx context.Context) error {
 	return nil
 }
 
-func (k *Keeper) read(ctx context.Context, now time.Time) (*Snapshot, error) {
+func (k *Keeper) read(ctx context.Context, last *Snapshot, now time.Time) (*Snapshot, error) {
 	rs, err := k.Reader.Read(ctx)
 	if err != nil {
 		return nil, err
@@ -111,7 +131,10 @@ func (k *Keeper) read(ctx context.Context, now time.Time) (*Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	return Build(rs, node, k.Name, k.Backend, now), nil
+	if last == nil {
+		return Build(rs, node, k.Name, k.Backend, now), nil
+	}
+	return last.next(rs, node, now), nil
 }
 
 // publish makes a snapshot the current one, and wakes who waits for news.

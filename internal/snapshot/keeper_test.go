@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -85,6 +86,13 @@ func (s *script) Read(ctx context.Context) (*netfilter.Ruleset, error) {
 		return nil, s.err
 	}
 	return iptables.Parse(strings.NewReader(s.text), "dump")
+}
+
+// readings returns how many readings have begun.
+func (s *script) readings() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.began)
 }
 
 func newKeeper(text string) (*Keeper, *script) {
@@ -309,6 +317,80 @@ func TestRun(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestRunWhenMoved checks that moved rules are read at once, but that rules that
+// move all the time are not read all the time.
+func TestRunWhenMoved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k, r := newKeeper(dump)
+		r.takes = 50 * time.Millisecond
+		var moved atomic.Bool
+		k.Moved = moved.Load
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			k.Run(ctx)
+			close(done)
+		}()
+		time.Sleep(3 * time.Second)
+		if n := r.readings(); n != 1 {
+			t.Errorf("%d readings while nothing moved, want the first only", n)
+		}
+		at := time.Now()
+		moved.Store(true)
+		time.Sleep(3 * time.Second)
+		cancel()
+		<-done
+		if len(r.began) < 3 {
+			t.Fatalf("%d readings, though rules moved", len(r.began))
+		}
+		if late := r.began[1].Sub(at); late > pollPause {
+			t.Errorf("moved rules were read after %v, want at most %v", late, pollPause)
+		}
+		const least = 550 * time.Millisecond // ten times what a reading takes, and the reading
+		for i := 2; i < len(r.began); i++ {
+			if got := r.began[i].Sub(r.began[i-1]); got < least || got > least+pollPause {
+				t.Errorf("reading %d began %v after the one before, want %v", i, got, least)
+			}
+		}
+	})
+}
+
+// sameReader returns the very ruleset of the last time.
+type sameReader struct{ rules *netfilter.Ruleset }
+
+func (r sameReader) Read(context.Context) (*netfilter.Ruleset, error) { return r.rules, nil }
+
+// TestRefreshUnchanged wants a look at rules that did not move to resolve
+// nothing again, unless the node is another.
+func TestRefreshUnchanged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k, _ := newKeeper(dump)
+		rs, err := iptables.Parse(strings.NewReader(dump), "dump")
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.Reader = sameReader{rs}
+		k.Refresh(t.Context())
+		first := k.Snapshot()
+		time.Sleep(time.Minute)
+		k.Refresh(t.Context())
+		s := k.Snapshot()
+		if s.Programmed != first.Programmed || s.View != first.View || s.Version != first.Version {
+			t.Error("the same rules were resolved again")
+		}
+		if !s.Time.Equal(time.Now()) || !s.Checked.Equal(time.Now()) || first.Time.Equal(s.Time) {
+			t.Errorf("read at %v and checked at %v, want now", s.Time, s.Checked)
+		}
+		k.Node = func() (chain.Node, error) {
+			return chain.Node{Local: []netip.Addr{netip.MustParseAddr("192.0.2.11")}}, nil
+		}
+		k.Refresh(t.Context())
+		if s := k.Snapshot(); s.Version != first.Version+1 || s.View.Node().Local[0] != netip.MustParseAddr("192.0.2.11") {
+			t.Errorf("version %d with addresses %v, want another node", s.Version, s.View.Node().Local)
+		}
+	})
 }
 
 // TestRunStops also in the midst of a reading. synctest reports goroutines

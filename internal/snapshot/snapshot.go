@@ -2,7 +2,7 @@ package snapshot
 
 import (
 	"fmt"
-	"hash/fnv"
+	"reflect"
 	"time"
 
 	"github.com/natlens/natlens/pkg/chain"
@@ -30,12 +30,12 @@ type Snapshot struct {
 	Checked time.Time
 	// Version counts the snapshots of this process whose contents differed.
 	Version uint64
-	digest  uint64
+	node    chain.Node // as it was given
 }
 
 // Build resolves a ruleset. The node's missing parts are taken from the rules.
 func Build(rs *netfilter.Ruleset, node chain.Node, name, backend string, now time.Time) *Snapshot {
-	s := &Snapshot{Node: name, Time: now, Checked: now, Backend: backend, Rules: rs}
+	s := &Snapshot{Node: name, Time: now, Checked: now, Backend: backend, Rules: rs, Version: 1, node: node}
 	s.View = chain.NewView(rs, node)
 	s.Programmed = s.View.Services()
 	if backend == "" {
@@ -43,8 +43,37 @@ func Build(rs *netfilter.Ruleset, node chain.Node, name, backend string, now tim
 	}
 	s.Since = map[string]time.Time{}
 	s.eachFinding(func(f *chain.Finding) { s.Since[FindingKey(f)] = now })
-	s.digest = s.sum()
 	return s
+}
+
+// next returns the snapshot of a later reading. It does again only what has
+// changed.
+func (s *Snapshot) next(rs *netfilter.Ruleset, node chain.Node, now time.Time) *Snapshot {
+	next := *s
+	next.Time, next.Checked, next.Stale, next.Error = now, now, false, ""
+	sameNode := reflect.DeepEqual(node, s.node)
+	if rs == s.Rules && sameNode {
+		return &next
+	}
+	if !sameNode || !rs.SameRules(s.Rules) {
+		next.Version++
+	}
+	next.Rules, next.node = rs, node
+	next.View = chain.NewView(rs, node)
+	next.Programmed = next.View.Services()
+	if s.Backend != BackendFile {
+		next.Backend = backendOf(rs)
+	}
+	next.Since = map[string]time.Time{}
+	next.eachFinding(func(f *chain.Finding) {
+		key := FindingKey(f)
+		since, ok := s.Since[key]
+		if !ok {
+			since = now
+		}
+		next.Since[key] = since
+	})
+	return &next
 }
 
 // backendOf names the backend whose tables hold kube-proxy's Services, or that
@@ -89,14 +118,4 @@ func (s *Snapshot) Findings() []chain.Finding {
 	var out []chain.Finding
 	s.eachFinding(func(f *chain.Finding) { out = append(out, *f) })
 	return out
-}
-
-// sum digests the rules, and what depends on more than the rules.
-func (s *Snapshot) sum() uint64 {
-	h := fnv.New64a()
-	for _, t := range s.Rules.Tables {
-		fmt.Fprint(h, t.Digest(), t.Backend)
-	}
-	fmt.Fprint(h, s.View.Node(), s.Rules.Torn, s.Rules.Unreadable)
-	return h.Sum64()
 }

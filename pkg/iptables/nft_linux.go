@@ -29,11 +29,9 @@ type NFT struct {
 // the rules keep changing, the result is Torn. An error means that nothing
 // could be read, and wraps the kernel's error number.
 func (n *NFT) Read(ctx context.Context) (*netfilter.Ruleset, error) {
-	var s nftStepper
-	return nfnetlink.Read(ctx, func(conn *nfnetlink.Conn) (*netfilter.Ruleset, bool, error) {
-		rs, interrupted, _, err := s.Step(ctx, conn, nfnetlink.Everything)
-		return rs, interrupted, err
-	})
+	var once NFT
+	defer once.Close()
+	return once.Refresh(ctx)
 }
 
 // Refresh returns what Read would, but reads only what can have moved since the
