@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -62,14 +65,22 @@ type nftStepper struct {
 	tables []*nftTable
 
 	// Of the step at hand.
-	ctx         context.Context
-	conn        *nfnetlink.Conn
-	step        nfnetlink.Step
+	ctx  context.Context
+	step nfnetlink.Step
+
+	workers [2]nftWorker
+
+	mu          sync.Mutex // guards what follows, and the tables, while both workers read
 	interrupted bool
 	pruned      bool
+}
 
-	draft   netfilter.Chain // reused
+// nftWorker reads chains over a connection of its own. Nearly all the time is the
+// kernel's, which answers two of them at the same time.
+type nftWorker struct {
+	conn    *nfnetlink.Conn
 	request []byte          // reused
+	draft   netfilter.Chain // reused
 }
 
 // nftTable is one table, as of the last step, and while it is read.
@@ -80,7 +91,7 @@ type nftTable struct {
 	flags  uint32
 	use    uint32 // how many chains, sets and other objects the kernel counts, pending ones too
 	reason string // why it cannot be read
-	decode *nftDecoder
+	decode [2]*nftDecoder // of each worker
 
 	marks []chainMark         // by ChainID
 	queue []netfilter.ChainID // to read
@@ -99,11 +110,12 @@ const (
 )
 
 // Forget implements nfnetlink.Stepper.
-func (s *nftStepper) Forget() { *s = nftStepper{} }
+func (s *nftStepper) Forget() { s.rules, s.tables = nil, nil }
 
 // Step implements nfnetlink.Stepper.
 func (s *nftStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetlink.Step) (rs *netfilter.Ruleset, interrupted, pruned bool, err error) {
-	s.ctx, s.conn, s.step, s.interrupted, s.pruned = ctx, conn, step, false, false
+	s.ctx, s.step, s.interrupted, s.pruned = ctx, step, false, false
+	s.workers[0].conn, s.workers[1].conn = conn, conn.Second()
 	before := s.tables
 	if step != nfnetlink.Counters {
 		if s.tables, err = s.list(); err != nil {
@@ -138,7 +150,7 @@ func (s *nftStepper) list() ([]*nftTable, error) {
 		proto  uint8
 		family netfilter.Family
 	}{{unix.NFPROTO_IPV4, netfilter.IPv4}, {unix.NFPROTO_IPV6, netfilter.IPv6}} {
-		err := s.dump(unix.NFT_MSG_GETTABLE, f.proto, nil, func(b []byte) error {
+		err := s.dump(&s.workers[0], unix.NFT_MSG_GETTABLE, f.proto, nil, func(b []byte) error {
 			var a [nftaTableUse + 1][]byte
 			nfnetlink.Collect(b, a[:])
 			name := string(nfnetlink.String(a[nftaTableName]))
@@ -170,13 +182,15 @@ func (s *nftStepper) known(f netfilter.Family, name string) *nftTable {
 }
 
 // dump is Conn.Dump, but an interrupted dump is no error yet.
-func (s *nftStepper) dump(kind int, proto uint8, attrs []byte, each func([]byte) error) error {
+func (s *nftStepper) dump(w *nftWorker, kind int, proto uint8, attrs []byte, each func([]byte) error) error {
 	if err := s.ctx.Err(); err != nil {
 		return err
 	}
-	err := s.conn.Dump(kind, proto, attrs, each)
+	err := w.conn.Dump(kind, proto, attrs, each)
 	if errors.Is(err, nfnetlink.ErrInterrupted) {
+		s.mu.Lock()
 		s.interrupted = true
+		s.mu.Unlock()
 		return nil
 	}
 	return err
@@ -218,12 +232,14 @@ func (t *nftTable) begin() {
 		t.marks = nil
 	}
 	t.next = t.last.Revise()
-	if t.decode == nil {
-		t.decode = newNFTDecoder(t.next)
+	for i := range t.decode {
+		if t.decode[i] == nil {
+			t.decode[i] = newNFTDecoder(t.next)
+		}
+		t.decode[i].table = t.next
 	}
-	t.decode.table = t.next
 	clear(t.marks)
-	t.queue, t.absent = t.queue[:0], 0
+	t.queue, t.absent = nil, 0
 }
 
 // judge says why a table cannot be read, as far as the table itself tells.
@@ -270,7 +286,7 @@ func (s *nftStepper) builtins(t *nftTable) error {
 		}
 		id := t.next.ID(h.String())
 		*t.mark(id) |= markReached | markQueued
-		if err := s.chain(t, id, &base, exists); err != nil {
+		if err := s.chain(t, 0, id, &base, exists); err != nil {
 			return err
 		}
 	}
@@ -285,9 +301,10 @@ func (s *nftStepper) ask(t *nftTable, name string) (a chainAttrs, exists bool, e
 	if err := s.ctx.Err(); err != nil {
 		return a, false, err
 	}
-	s.request = nfnetlink.AppendString(s.request[:0], nftaChainTable, t.last.Name)
-	s.request = nfnetlink.AppendString(s.request, nftaChainName, name)
-	b, err := s.conn.Get(unix.NFT_MSG_GETCHAIN, t.proto, s.request)
+	w := &s.workers[0]
+	w.request = nfnetlink.AppendString(w.request[:0], nftaChainTable, t.last.Name)
+	w.request = nfnetlink.AppendString(w.request, nftaChainName, name)
+	b, err := w.conn.Get(unix.NFT_MSG_GETCHAIN, t.proto, w.request)
 	if errors.Is(err, syscall.ENOENT) {
 		return a, false, nil
 	}
@@ -334,10 +351,30 @@ func (t *nftTable) base(name string, a *chainAttrs) netfilter.Base {
 
 // work reads the chains that are queued, and those that they lead to.
 func (s *nftStepper) work(t *nftTable) error {
+	const many = 200 // chains, for which a second worker is worth its start
 	for len(t.queue) > 0 {
-		id := t.queue[len(t.queue)-1]
-		t.queue = t.queue[:len(t.queue)-1]
-		if err := s.chain(t, id, nil, true); err != nil {
+		batch := t.queue
+		t.queue = nil
+		if len(batch) < many || runtime.GOMAXPROCS(0) == 1 {
+			for _, id := range batch {
+				if err := s.chain(t, 0, id, nil, true); err != nil {
+					return err
+				}
+			}
+			continue
+		}
+		var next atomic.Int64
+		var errs [len(s.workers)]error
+		var both sync.WaitGroup
+		for w := range s.workers {
+			both.Go(func() {
+				for i := next.Add(1) - 1; int(i) < len(batch) && errs[w] == nil; i = next.Add(1) - 1 {
+					errs[w] = s.chain(t, w, batch[i], nil, true)
+				}
+			})
+		}
+		both.Wait()
+		if err := errors.Join(errs[:]...); err != nil {
 			return err
 		}
 	}
@@ -346,30 +383,38 @@ func (s *nftStepper) work(t *nftTable) error {
 
 // chain reads the rules of a chain, puts them into the table, and queues the
 // chains that they lead to.
-func (s *nftStepper) chain(t *nftTable, id netfilter.ChainID, base *netfilter.Base, exists bool) error {
-	t.next.Draft(&s.draft, t.next.ChainName(id))
-	s.draft.Base = base
+func (s *nftStepper) chain(t *nftTable, worker int, id netfilter.ChainID, base *netfilter.Base, exists bool) error {
+	w := &s.workers[worker]
+	s.mu.Lock()
+	t.next.Draft(&w.draft, t.next.ChainName(id))
+	s.mu.Unlock()
+	w.draft.Base = base
 	if exists {
-		s.request = nfnetlink.AppendString(s.request[:0], nftaRuleTable, t.last.Name)
-		s.request = nfnetlink.AppendString(s.request, nftaRuleChain, s.draft.Name)
-		err := s.dump(unix.NFT_MSG_GETRULE, t.proto, s.request, func(b []byte) error {
+		w.request = nfnetlink.AppendString(w.request[:0], nftaRuleTable, t.last.Name)
+		w.request = nfnetlink.AppendString(w.request, nftaRuleChain, w.draft.Name)
+		err := s.dump(w, unix.NFT_MSG_GETRULE, t.proto, w.request, func(b []byte) error {
 			var a [nftaRuleUserData + 1][]byte
 			nfnetlink.Collect(b, a[:]) // newer kernels may say more
-			if string(nfnetlink.String(a[nftaRuleTable])) == t.last.Name && string(nfnetlink.String(a[nftaRuleChain])) == s.draft.Name {
-				t.decode.rule(&s.draft, a[nftaRuleExpressions], a[nftaRuleUserData])
-			} // else the kernel does not filter
+			if string(nfnetlink.String(a[nftaRuleTable])) != t.last.Name || string(nfnetlink.String(a[nftaRuleChain])) != w.draft.Name {
+				return nil // a kernel that does not filter
+			}
+			s.mu.Lock() // a rule may name a chain for the first time
+			t.decode[worker].rule(&w.draft, a[nftaRuleExpressions], a[nftaRuleUserData])
+			s.mu.Unlock()
 			return nil
 		})
 		if err != nil {
 			return err
 		}
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	before := t.next.ByID(id)
-	changed := t.next.Adopt(&s.draft)
+	changed := t.next.Adopt(&w.draft)
 	if changed && s.step == nfnetlink.Counters {
 		s.interrupted = true
 	}
-	s.follow(t, &s.draft, before, changed)
+	s.follow(t, &w.draft, before, changed)
 	return nil
 }
 
@@ -493,7 +538,7 @@ func (s *nftStepper) use(proto uint8) uint32 {
 
 // names asks for the names of all chains, and queues those that were not found.
 func (s *nftStepper) names(t *nftTable) error {
-	return s.dump(unix.NFT_MSG_GETCHAIN, t.proto, nil, func(b []byte) error {
+	return s.dump(&s.workers[0], unix.NFT_MSG_GETCHAIN, t.proto, nil, func(b []byte) error {
 		var a chainAttrs
 		nfnetlink.Collect(b, a[:])
 		name := nfnetlink.String(a[nftaChainName])

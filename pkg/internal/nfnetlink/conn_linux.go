@@ -36,6 +36,7 @@ type Conn struct {
 	seq     uint32
 	request []byte // reused
 	buf     []byte // reused
+	second  *Conn
 }
 
 // dial connects to the network namespace of the calling thread: the kernel ties
@@ -58,8 +59,18 @@ func dial() (*Conn, error) {
 	return &Conn{fd: fd, buf: make([]byte, bufferSize)}, nil
 }
 
+// Second returns another connection to the same namespace, for a second
+// goroutine. It is closed with this one.
+func (c *Conn) Second() *Conn { return c.second }
+
 // Close closes the connection.
-func (c *Conn) Close() error { return unix.Close(c.fd) }
+func (c *Conn) Close() error {
+	err := unix.Close(c.fd)
+	if c.second != nil {
+		err = errors.Join(err, unix.Close(c.second.fd))
+	}
+	return err
+}
 
 // Dump asks nf_tables for all objects of a kind (a GET of enum
 // nf_tables_msg_types) and of a family (NFPROTO_*) that the attributes name,

@@ -248,5 +248,8 @@ func Open() (*Conn, error) {
 	if ok, err := conn.supported(); err != nil || !ok {
 		return nil, errors.Join(err, conn.Close())
 	}
+	if conn.second, err = dial(); err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
 	return conn, nil
 }
