@@ -47,6 +47,12 @@ func (n *NFT) Refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 	return n.follower.Refresh(ctx)
 }
 
+// First names chains of table nat to look at before the others when the rules
+// have changed next time. If those have, that Refresh returns as soon as it has
+// read them and the chains of their endpoints, and the one after it returns the
+// rest; until then Moved stays true. Names of chains that do not exist do no harm.
+func (n *NFT) First(chains []string) { n.stepper.first = chains }
+
 // Moved reports whether the rules have changed since the last Refresh, or could
 // not be asked for. It takes some three microseconds. Counters are no rules.
 func (n *NFT) Moved() bool { return n.follower.Moved() }

@@ -227,6 +227,58 @@ func TestNFTConfirm(t *testing.T) {
 	}
 }
 
+// TestNFTFirst wants a chain that was asked for ahead of the others, with its new
+// endpoints, and then the others.
+func TestNFTFirst(t *testing.T) {
+	b := newNode(t, nftPrograms...)
+	services := kubeproxy.Synthetic(150, 10)
+	dump := written(t, services)
+	loadNFT(t, b, false, dump)
+	var n NFT
+	defer n.Close()
+	before := refreshNFT(t, b, &n)
+	services = slices.Clone(services)
+	for _, i := range []int{1, 2} {
+		services[i].Endpoints = []kubeproxy.Endpoint{{Addr: netip.MustParseAddrPort(fmt.Sprintf("10.200.0.%d:8080", i))}}
+	}
+	after := written(t, services)
+	feed(t, b, partial(dump, after), "iptables-nft-restore", "--noflush", "--counters")
+	chainOf := func(i int) string {
+		s := services[i]
+		for key, lines := range chainLines(after) {
+			if strings.HasPrefix(key.chain, "KUBE-SVC-") && len(lines) > 0 && strings.Contains(strings.Join(lines, ""), s.Namespace+"/"+s.Name+":") {
+				return key.chain
+			}
+		}
+		t.Fatalf("no chain of %s", s.Name)
+		return ""
+	}
+	one, two := chainOf(1), chainOf(2)
+	n.First([]string{one, "KUBE-EXT-NONE", "KUBE-FW-NONE"})
+	first := refreshNFT(t, b, &n)
+	want := before.Table(netfilter.IPv4, "nat")
+	nat := first.Table(netfilter.IPv4, "nat")
+	if nat.Lookup(one).Version() == want.Lookup(one).Version() || nat.Lookup(two).Version() != want.Lookup(two).Version() {
+		t.Errorf("%s that was asked for and %s that was not: changed %t and %t", one, two,
+			nat.Lookup(one).Version() != want.Lookup(one).Version(), nat.Lookup(two).Version() != want.Lookup(two).Version())
+	}
+	for i := range nat.Lookup(one).Len() {
+		rule := nat.Lookup(one).Rule(i)
+		if e := rule[len(rule)-1]; e.Kind == netfilter.Jump && nat.ByID(netfilter.ChainID(e.A)) == nil {
+			t.Errorf("the chain %s of a new endpoint was not read", nat.ChainName(netfilter.ChainID(e.A)))
+		}
+	}
+	if !n.Moved() {
+		t.Error("the other changes are forgotten")
+	}
+	if diff := cmp.Diff(listing(readNFT(t, b)), listing(refreshNFT(t, b, &n))); diff != "" {
+		t.Errorf("afterwards (-read +refreshed):\n%s", diff)
+	}
+	if n.Moved() {
+		t.Error("rules that stand still have moved")
+	}
+}
+
 // TestNFTRefreshCounts sends packets through chains behind chains, and wants
 // Refresh to tell what each has counted.
 func TestNFTRefreshCounts(t *testing.T) {

@@ -22,6 +22,7 @@ import (
 //	Everything  built-in chains ─jumps─▶ every chain, and those that no jump leads to
 //	Changes     the same way, but known KUBE-SEP chains of a large table are left out
 //	            while the chains that lead to them are as before
+//	First       the chains that were asked for, and the new endpoints behind them
 //	Counters    built-in chains ─jumps that counted─▶ the chains behind them
 //
 // Chains are read one by one. The kernel walks a table's rules from the first
@@ -63,6 +64,7 @@ var loners = []string{"KUBE-KUBELET-CANARY", "KUBE-PROXY-CANARY"}
 type nftStepper struct {
 	rules  *netfilter.Ruleset // of the last step
 	tables []*nftTable
+	first  []string // chains of table nat that First reads
 
 	// Of the step at hand.
 	ctx  context.Context
@@ -117,7 +119,7 @@ func (s *nftStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetl
 	s.ctx, s.step, s.interrupted, s.pruned = ctx, step, false, false
 	s.workers[0].conn, s.workers[1].conn = conn, conn.Second()
 	before := s.tables
-	if step != nfnetlink.Counters {
+	if step < nfnetlink.First {
 		if s.tables, err = s.list(); err != nil {
 			return nil, false, false, err
 		}
@@ -199,11 +201,13 @@ func (s *nftStepper) dump(w *nftWorker, kind int, proto uint8, attrs []byte, eac
 // read reads what the step wants of one table.
 func (s *nftStepper) read(t *nftTable) error {
 	t.begin()
-	if s.step != nfnetlink.Counters {
+	if s.step < nfnetlink.First {
 		t.judge()
-	}
-	if t.reason != "" && s.step == nfnetlink.Counters {
+	} else if t.reason != "" {
 		return nil
+	}
+	if s.step == nfnetlink.First {
+		return s.readFirst(t)
 	}
 	if err := s.builtins(t); err != nil || t.reason != "" {
 		return err
@@ -221,6 +225,25 @@ func (s *nftStepper) read(t *nftTable) error {
 	}
 	if err := s.unreached(t); err != nil || t.reason != "" {
 		return err
+	}
+	return s.work(t)
+}
+
+// readFirst reads the chains that were asked for and that exist.
+func (s *nftStepper) readFirst(t *nftTable) error {
+	s.pruned = true
+	for _, name := range s.first {
+		c := t.next.Lookup(name)
+		if c == nil || t.last.Name != "nat" {
+			continue
+		}
+		_, exists, err := s.ask(t, name)
+		if err != nil {
+			return err
+		}
+		if exists {
+			t.enqueue(c.ID)
+		}
 	}
 	return s.work(t)
 }
@@ -437,6 +460,10 @@ func (s *nftStepper) follow(t *nftTable, c, before *netfilter.Chain, changed boo
 		case s.step == nfnetlink.Counters:
 			if counted {
 				t.counted = append(t.counted, target)
+				t.enqueue(target)
+			}
+		case s.step == nfnetlink.First:
+			if changed && (t.next.ByID(target) == nil || strings.HasPrefix(t.next.ChainName(target), "KUBE-SEP-")) {
 				t.enqueue(target)
 			}
 		case !changed && s.pinned(t, target):

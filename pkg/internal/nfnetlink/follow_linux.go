@@ -25,6 +25,8 @@ const (
 	// can be told without reading everything. What was left out makes the reader
 	// say so.
 	Changes
+	// First: those changes that the reader was asked to look at before the others.
+	First
 	// Counters: what can have counted since; the rules are those of the last step.
 	Counters
 )
@@ -50,6 +52,7 @@ type Follower struct {
 	conn       *Conn
 	absent     bool // the kernel has no nf_tables
 	last       *netfilter.Ruleset
+	stepped    *netfilter.Ruleset // of the last step, whether it was believed or not
 	generation uint32 // of last
 	seen       uint32 // the generation seen last, and when first
 	since      time.Time
@@ -153,7 +156,27 @@ func (f *Follower) refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 			return f.accept(rs, before), nil
 		}
 	}
+	if f.last != nil && f.last == f.stepped && !due {
+		if rs, err := f.first(ctx); rs != nil || err != nil {
+			return rs, err
+		}
+	}
 	return f.settle(ctx)
+}
+
+// first reads what the reader was asked to look at first, and returns nil when
+// that has not changed. The other changes are left to the next Refresh: the
+// generation stays that of the last complete reading.
+func (f *Follower) first(ctx context.Context) (*netfilter.Ruleset, error) {
+	if err := f.wait(ctx); err != nil {
+		return nil, err
+	}
+	rs, moved, err := f.step(ctx, First)
+	if err != nil || moved || rs == f.last {
+		return nil, err
+	}
+	f.last = rs
+	return rs, nil
 }
 
 // step takes one step, and reports whether the rules moved meanwhile.
@@ -166,6 +189,7 @@ func (f *Follower) step(ctx context.Context, s Step) (*netfilter.Ruleset, bool, 
 	if err != nil {
 		return nil, false, err
 	}
+	f.stepped = rs
 	after, err := f.look()
 	if err != nil {
 		return nil, false, err
