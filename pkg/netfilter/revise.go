@@ -81,7 +81,7 @@ func (t *Table) ownIDs() {
 // what is left of it holds too much memory: read it anew then.
 func (t *Table) Worn() bool {
 	const least = 10_000 // rules, of which the memory is no matter
-	return t.replaced > least+t.RuleCount() || len(t.names) > least+2*len(t.order)
+	return t.replaced > least && t.replaced > least+t.RuleCount() || len(t.names) > least+2*len(t.order)
 }
 
 // Draft makes c an empty chain of that name that is not in the table. It keeps
