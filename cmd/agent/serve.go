@@ -63,7 +63,7 @@ listens on loopback unless told otherwise: the rules map the whole cluster.`,
 	}
 	fs := cmd.Flags()
 	fs.StringVar(&opts.listen, "listen", "127.0.0.1:9754", "`ADDRESS:PORT` to serve on, in plain HTTP")
-	fs.DurationVar(&opts.interval, "interval", 5*time.Second, "pause between two readings; longer when a reading takes long")
+	fs.DurationVar(&opts.interval, "interval", 10*time.Second, "pause between two readings of counters, and of legacy tables; other changes are read at once")
 	fs.BoolVar(&opts.endpointMetrics, "endpoint-metrics", false, "a metric series for each endpoint: very many on a large cluster")
 	fs.StringVar(&opts.logFormat, "log-format", "text", "text or json")
 	src.addFlags(fs)

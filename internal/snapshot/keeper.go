@@ -34,6 +34,7 @@ type Keeper struct {
 	reads   atomic.Uint64
 	failed  atomic.Uint64
 	changes atomic.Uint64
+	movedAt time.Time // when Run last saw that rules had moved
 
 	mu      sync.Mutex
 	waiting map[chan struct{}]bool
@@ -43,9 +44,14 @@ type Keeper struct {
 // a reading is at least so many times as long as the reading was.
 const busyShare = 10
 
-// pollPause is how often the reader is asked whether rules have moved: some
-// microseconds each time.
-const pollPause = 20 * time.Millisecond
+// How often the reader is asked whether rules have moved. The question takes
+// microseconds, but waking up costs a fifth of a millisecond. So it is asked
+// often only for a while after rules have moved: changes come in bursts.
+const (
+	pollPause = 100 * time.Millisecond
+	pollSoon  = 20 * time.Millisecond
+	burst     = 10 * time.Second
+)
 
 // Snapshot returns the latest snapshot; nil before the first reading worked.
 func (k *Keeper) Snapshot() *Snapshot { return k.current.Load() }
@@ -70,11 +76,7 @@ func (k *Keeper) Run(ctx context.Context) {
 // pause waits for so long, or, after a rest, until rules have moved.
 func (k *Keeper) pause(ctx context.Context, rest, long time.Duration) {
 	start := time.Now()
-	step := long
-	if k.Moved != nil {
-		step = pollPause
-	}
-	timer := time.NewTimer(max(rest, step))
+	timer := time.NewTimer(max(rest, k.step(long)))
 	defer timer.Stop()
 	for {
 		select {
@@ -83,11 +85,27 @@ func (k *Keeper) pause(ctx context.Context, rest, long time.Duration) {
 		case <-timer.C:
 		}
 		left := long - time.Since(start)
-		if left <= 0 || k.Moved != nil && k.Moved() {
+		if left <= 0 {
 			return
 		}
-		timer.Reset(min(step, left))
+		if k.Moved != nil && k.Moved() {
+			k.movedAt = time.Now()
+			return
+		}
+		timer.Reset(min(k.step(left), left))
 	}
+}
+
+// step returns how long to wait before the next look, when nothing is expected
+// for so long.
+func (k *Keeper) step(long time.Duration) time.Duration {
+	switch {
+	case k.Moved == nil:
+		return long
+	case time.Since(k.movedAt) < burst:
+		return pollSoon
+	}
+	return pollPause
 }
 
 // Refresh reads once. When that fails, the last good snapshot stays, marked

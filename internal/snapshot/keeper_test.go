@@ -350,7 +350,7 @@ func TestRunWhenMoved(t *testing.T) {
 		}
 		const least = 550 * time.Millisecond // ten times what a reading takes, and the reading
 		for i := 2; i < len(r.began); i++ {
-			if got := r.began[i].Sub(r.began[i-1]); got < least || got > least+pollPause {
+			if got := r.began[i].Sub(r.began[i-1]); got < least || got > least+pollSoon {
 				t.Errorf("reading %d began %v after the one before, want %v", i, got, least)
 			}
 		}
