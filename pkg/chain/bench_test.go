@@ -10,6 +10,7 @@ import (
 	"github.com/natlens/natlens/internal/kubeproxy"
 	"github.com/natlens/natlens/pkg/chain"
 	"github.com/natlens/natlens/pkg/iptables"
+	"github.com/natlens/natlens/pkg/netfilter"
 )
 
 // BenchmarkServices shows that working out all Services is linear in the rules,
@@ -41,6 +42,29 @@ func BenchmarkServices(b *testing.B) {
 			b.ReportMetric(float64(held)/rules, "held-B/rule")
 			b.ReportMetric(rules, "rules")
 		})
+	}
+}
+
+// BenchmarkUpdate shows what a change of one Service costs, and one of counters
+// alone.
+func BenchmarkUpdate(b *testing.B) {
+	node := chain.Node{Local: []netip.Addr{kubeproxy.SyntheticNodeIP}}
+	for _, n := range []int{1000, 10000} {
+		services := kubeproxy.Synthetic(n, 10)
+		first := revise(b, &netfilter.Ruleset{}, synthetic(b, services), unedited)
+		other := append([]kubeproxy.Service(nil), services...)
+		other[n/2].Endpoints = other[n/2].Endpoints[:3]
+		second := revise(b, first, synthetic(b, other), unedited)
+		last := chain.NewView(first, node)
+		programmed := last.Services()
+		for name, next := range map[string]*netfilter.Ruleset{"one": second, "none": first} {
+			b.Run(fmt.Sprintf("services=%d/changed=%s", n, name), func(b *testing.B) {
+				b.ReportAllocs()
+				for range b.N {
+					chain.NewView(next, node).Update(programmed)
+				}
+			})
+		}
 	}
 }
 

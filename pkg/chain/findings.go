@@ -333,7 +333,7 @@ func (f *finder) unreadable() {
 		if f.view.rules.Table(fv.family, "nat") != nil && f.view.rules.Table(fv.family, "filter") == nil {
 			f.add(RulesUnreadable, Warning, nil, "table \"filter\" of %v is not among these rules: Services without endpoints, and connections that are refused or dropped, cannot be seen", fv.family)
 		}
-		for t := range fv.indexes {
+		for t := range fv.tables {
 			if c := t.Lookup("KUBE-FIREWALL"); t.Name == "filter" && c != nil {
 				f.suspectReader(t, c)
 			}

@@ -86,7 +86,9 @@ func (r *run) ask(t *netfilter.Table, c *netfilter.Chain, e netfilter.Expr, s *s
 		case set.Opaque:
 			return unknown
 		}
-		_, ok := set.Lookup(r.setKey(e, s))
+		k := r.setKey(e, s)
+		r.trail.lookups = append(r.trail.lookups, lookup{table: r.table.number, set: e.A, key: k})
+		_, ok := set.Lookup(k)
 		return is(ok)
 	case netfilter.BridgePort:
 		if r.packet.FromHost {

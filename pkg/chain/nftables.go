@@ -45,7 +45,7 @@ func (d *discovery) maps(t *netfilter.Table) {
 			} else {
 				e.front.Type = mapFrontendType(t, sets, k, element, nodePorts[e.service])
 			}
-			d.add(e, k.Protocol)
+			d.add(e)
 		}
 	}
 }

@@ -20,6 +20,8 @@ const tolerance = 4e-10
 type Programmed struct {
 	Services []Service // by namespace, name, port name, protocol
 	Findings []Finding // about the node, not about one Service
+
+	memory memory
 }
 
 // Service is one port of a Service, as the rules have it.
@@ -108,26 +110,41 @@ type entry struct {
 	// What the walks saw, for findings.
 	affinity int
 	facts    facts
+	trail    trail
 }
 
 // Services works out every Service of the ruleset.
-func (v *View) Services() *Programmed {
+func (v *View) Services() *Programmed { return v.Update(&Programmed{}) }
+
+// Update works out every Service of the ruleset, as Services does. It walks only
+// to those that may fare differently than in the last ruleset, of which last was
+// worked out.
+func (v *View) Update(last *Programmed) *Programmed {
 	d := v.discover()
-	workers := min(runtime.GOMAXPROCS(0), max(1, len(d.entries)/64))
+	anew := d.entries
+	if last.memory.view != nil {
+		if changes, ok := v.changes(last.memory.view); ok {
+			anew = nil
+			for _, e := range d.entries {
+				if !e.recall(last.memory.entries[e.key()], &changes) {
+					anew = append(anew, e)
+				}
+			}
+		}
+	}
+	workers := min(runtime.GOMAXPROCS(0), max(1, len(anew)/64))
 	var wg sync.WaitGroup
 	for w := range workers {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
+		wg.Go(func() {
 			res := &resolver{view: v}
-			for i := w; i < len(d.entries); i += workers {
-				res.resolve(d.entries[i])
+			for i := w; i < len(anew); i += workers {
+				res.resolve(anew[i])
 			}
-		}()
+		})
 	}
 	wg.Wait()
 
-	p := &Programmed{}
+	p := &Programmed{memory: memory{v, d.at}}
 	slices.SortStableFunc(d.entries, func(a, b *entry) int {
 		return cmp.Or(
 			cmp.Compare(a.service.Namespace, b.service.Namespace), cmp.Compare(a.service.Name, b.service.Name),
@@ -283,7 +300,7 @@ func (d *discovery) dispatch(ref RuleRef) {
 	} else {
 		front.Type = frontendType(a.comment, name)
 	}
-	d.add(&entry{service: d.name(a, name, target), front: front, target: target, rule: ref}, a.protocol)
+	d.add(&entry{service: d.name(a, name, target), front: front, target: target, rule: ref})
 }
 
 // refusal reads one rule of filter KUBE-SERVICES or KUBE-EXTERNAL-SERVICES: a
@@ -309,14 +326,18 @@ func (d *discovery) refusal(ref RuleRef) {
 	default:
 		return
 	}
-	d.add(&entry{service: service, front: front, rule: ref}, a.protocol)
+	d.add(&entry{service: service, front: front, rule: ref})
 }
 
-func (d *discovery) add(e *entry, p netfilter.Protocol) {
+func (e *entry) key() frontKey {
+	return frontKey{e.front.Family, e.front.Address, e.front.Port, e.service.Protocol}
+}
+
+func (d *discovery) add(e *entry) {
 	if e.front.Type == NodePort {
 		e.front.Accepted = d.accepted[e.front.Family]
 	}
-	k := frontKey{e.front.Family, e.front.Address, e.front.Port, p}
+	k := e.key()
 	first, ok := d.at[k]
 	if !ok {
 		d.at[k] = e
@@ -405,6 +426,8 @@ type resolver struct {
 // resolve walks a frontend for every source class, and for every source range
 // that the rules on the way single out.
 func (x *resolver) resolve(e *entry) {
+	x.run.trail = trail{x.run.trail.chains[:0], x.run.trail.dests[:0], x.run.trail.lookups[:0]}
+	defer func() { e.trail = x.run.trail.keep(e.routes) }()
 	to := netip.AddrPortFrom(e.front.Address, e.front.Port)
 	if e.front.Type == NodePort {
 		to = netip.AddrPortFrom(x.nodeAddress(e.front), e.front.Port)

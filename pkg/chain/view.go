@@ -21,11 +21,17 @@ type View struct {
 type familyView struct {
 	family  netfilter.Family
 	hooks   [5][]netfilter.BaseChain
-	indexes map[*netfilter.Table][]*index // by ChainID; nil for short chains
-	sources map[Class]netip.Addr          // an address that stands for the class
+	tables  map[*netfilter.Table]*tableView
+	sources map[Class]netip.Addr // an address that stands for the class
 	// masquerade and drop are the mark bits that KUBE-MARK-MASQ and
 	// KUBE-MARK-DROP (kubelet up to v1.26) set; both can be configured.
 	masquerade, drop uint32
+}
+
+// tableView is what is worked out once per table.
+type tableView struct {
+	number  uint32   // of the table in the ruleset
+	indexes []*index // by ChainID; nil for short chains
 }
 
 // NewView prepares a ruleset for questions. Missing parts of the node are
@@ -44,19 +50,19 @@ func NewView(rs *netfilter.Ruleset, node Node) *View {
 		if !slices.ContainsFunc(rs.Tables, func(t *netfilter.Table) bool { return t.Family == f }) {
 			continue
 		}
-		fv := &familyView{family: f, indexes: map[*netfilter.Table][]*index{}}
+		fv := &familyView{family: f, tables: map[*netfilter.Table]*tableView{}}
 		for h := netfilter.Prerouting; h <= netfilter.Postrouting; h++ {
 			fv.hooks[h] = rs.BaseChains(f, h)
 		}
-		for _, t := range rs.Tables {
+		for n, t := range rs.Tables {
 			if t.Family != f {
 				continue
 			}
-			list := make([]*index, t.NameCount())
+			tv := &tableView{number: uint32(n), indexes: make([]*index, t.NameCount())}
 			for _, c := range t.Chains() {
-				list[c.ID] = newIndex(c)
+				tv.indexes[c.ID] = newIndex(c)
 			}
-			fv.indexes[t] = list
+			fv.tables[t] = tv
 		}
 		fv.masquerade, fv.drop = fv.marks("KUBE-MARK-MASQ"), fv.marks("KUBE-MARK-DROP")
 		v.family[i] = fv
@@ -72,14 +78,10 @@ func (v *View) of(f netfilter.Family) *familyView {
 	return v.family[0]
 }
 
-func (fv *familyView) index(t *netfilter.Table, c *netfilter.Chain) *index {
-	return fv.indexes[t][c.ID]
-}
-
 // marks returns the mark bits that a chain of table nat sets.
 func (fv *familyView) marks(chain string) uint32 {
 	var mark uint32
-	for t := range fv.indexes {
+	for t := range fv.tables {
 		if isNFTables(t) && chain == "KUBE-MARK-MASQ" {
 			mark |= nftMasquerade(t)
 		}

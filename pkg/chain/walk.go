@@ -118,7 +118,9 @@ type run struct {
 	sensitive []sensitivity
 	collect   bool
 
-	affinity int // seconds of the first affinity rule met
+	affinity int        // seconds of the first affinity rule met
+	trail    trail      // of this walk and those before it
+	table    *tableView // of the base chain being walked
 	broken   []RuleRef
 	ends     []end
 	stack    []*netfilter.Chain
@@ -127,7 +129,7 @@ type run struct {
 
 // reset makes a run ready for another packet, keeping its memory.
 func (r *run) reset(p netfilter.Packet) {
-	*r = run{packet: p, ends: r.ends[:0], sensitive: r.sensitive[:0], stack: r.stack[:0], spare: r.spare}
+	*r = run{packet: p, trail: r.trail, ends: r.ends[:0], sensitive: r.sensitive[:0], stack: r.stack[:0], spare: r.spare}
 }
 
 // sensitivity is a source range that a rule of the chain asks for.
@@ -242,6 +244,7 @@ func (r *run) natAsks(h netfilter.Hook, live []state) (asked, skipped []state) {
 // base runs one base chain, and its policy for what comes back. It takes over
 // the slice.
 func (r *run) base(b netfilter.BaseChain, live []state) []state {
+	r.table = r.family.tables[b.Table]
 	passed := r.take()
 	policy := RuleRef{b.Table, b.Chain, b.Len()}
 	for rest := live; len(rest) > 0; {
@@ -278,7 +281,12 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 	}
 	r.stack = append(r.stack, c)
 	more, back := r.take(), r.take() // what comes back from jumps, and what returns to the caller
-	rules := r.family.index(t, c).rules(c, live[0].to.Addr(), r.packet.Protocol, live[0].to.Port())
+	x := r.table.indexes[c.ID]
+	r.trail.chains = append(r.trail.chains, chainAt{r.table.number, c.ID})
+	if x != nil {
+		r.trail.dests = append(r.trail.dests, live[0].to)
+	}
+	rules := x.rules(c, live[0].to.Addr(), r.packet.Protocol, live[0].to.Port())
 	for i := rules.step(); i >= 0 && len(live) > 0 && r.undecided == nil; i = rules.step() {
 		ref := RuleRef{t, c, i}
 		rule := c.Rule(i)
@@ -332,7 +340,9 @@ func (r *run) perform(ref RuleRef, rule []netfilter.Expr, p chance, s state, nex
 		if ref.Table.Set(e.A).Opaque {
 			r.ignore(ref)
 		}
-		if v, ok := ref.Table.Set(e.A).Lookup(r.setKey(e, &s)); ok {
+		k := r.setKey(e, &s)
+		r.trail.lookups = append(r.trail.lookups, lookup{table: r.table.number, set: e.A, key: k})
+		if v, ok := ref.Table.Set(e.A).Lookup(k); ok {
 			r.act(ref, v.Verdict, p, s, next, back, passed)
 			return Share{}
 		}
@@ -465,6 +475,7 @@ func asksSource(t *netfilter.Table, e netfilter.Expr) bool {
 func (r *run) sense(ref RuleRef, e netfilter.Expr) {
 	if e.Kind == netfilter.InSet {
 		set := ref.Table.Set(e.A)
+		r.trail.lookups = append(r.trail.lookups, lookup{table: r.table.number, set: e.A, whole: true})
 		for _, k := range set.Keys {
 			r.sensitive = append(r.sensitive, sensitivity{ref.Chain, netip.PrefixFrom(k.Addr, k.Addr.BitLen())})
 		}

@@ -175,3 +175,6 @@ func (e Expr) Negated() bool { return e.Flags&Not != 0 }
 
 // IsMatch reports whether the expression is a match, not a target.
 func (e Expr) IsMatch() bool { return e.Kind < SetMark }
+
+// HasText reports whether the expression has a text, which [Chain.Text] returns.
+func (e Expr) HasText() bool { return hasText(e.Kind) }

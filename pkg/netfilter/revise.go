@@ -2,6 +2,7 @@ package netfilter
 
 import (
 	"bytes"
+	"encoding/binary"
 	"maps"
 	"slices"
 	"sync/atomic"
@@ -191,6 +192,43 @@ func (b *Base) same(o *Base) bool {
 		return b == o
 	}
 	return b.Hook == o.Hook && b.Priority == o.Priority && b.Type == o.Type && b.Policy == o.Policy
+}
+
+// AppendContent appends what the i-th rule says to b: the same bytes for the same
+// rules in chains of one line of tables. Counters are left out.
+func (c *Chain) AppendContent(b []byte, i int) []byte {
+	for _, e := range c.Rule(i) {
+		b = append(b, byte(e.Kind), e.Flags, byte(e.N>>8), byte(e.N))
+		switch {
+		case hasText(e.Kind):
+			b = binary.BigEndian.AppendUint32(b, e.B)
+			b = append(b, c.Text(e)...)
+		case c.family == IPv6 && (e.Kind == Source || e.Kind == Destination || e.Kind == DNAT && e.B != 0):
+			w := c.wide[e.A]
+			addr, mask := w.addr.As16(), [16]byte{}
+			if w.mask.IsValid() {
+				mask = w.mask.As16()
+			}
+			b = append(append(b, addr[:]...), mask[:]...)
+		case e.Kind == Choose:
+			b = binary.BigEndian.AppendUint32(b, e.B)
+			for _, choice := range c.choices[e.A] {
+				v := choice.Verdict
+				b = binary.BigEndian.AppendUint32(b, choice.Count)
+				b = append(b, byte(v.Kind), v.Flags, byte(v.N>>8), byte(v.N))
+				if v.Kind == DNAT {
+					addr := c.Target(v).Addr().AsSlice()
+					b = append(b, addr...)
+					continue
+				}
+				b = binary.BigEndian.AppendUint32(b, v.A)
+			}
+		default:
+			b = binary.BigEndian.AppendUint32(b, e.A)
+			b = binary.BigEndian.AppendUint32(b, e.B)
+		}
+	}
+	return b
 }
 
 // Equal reports whether two sets of tables of one line hold the same.
