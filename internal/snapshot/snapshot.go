@@ -60,7 +60,7 @@ func (s *Snapshot) next(rs *netfilter.Ruleset, node chain.Node, now time.Time) *
 	}
 	next.Rules, next.node = rs, node
 	next.View = chain.NewView(rs, node)
-	next.Programmed = next.View.Services()
+	next.Programmed = next.View.Update(s.Programmed)
 	if s.Backend != BackendFile {
 		next.Backend = backendOf(rs)
 	}

@@ -130,8 +130,9 @@ func appendNew(list []RuleRef, ref RuleRef) []RuleRef {
 	return append(list, ref)
 }
 
-// find adds the findings to what was resolved.
-func (v *View) find(p *Programmed, d *discovery) {
+// find adds the findings to what was resolved. It looks again only at what has
+// changed since last, if that is known.
+func (v *View) find(p *Programmed, d *discovery, last *Programmed, known *changes) {
 	node := &finder{view: v, out: &p.Findings}
 	node.unreadable()
 	node.backends()
@@ -140,29 +141,23 @@ func (v *View) find(p *Programmed, d *discovery) {
 	if len(p.Services) == 0 {
 		node.nothing()
 	}
-	at := map[ServicePort]*Service{}
-	for i := range p.Services {
-		s := &p.Services[i]
-		at[s.ServicePort] = s
-	}
-	byHash := map[string]*Service{}
 	for _, e := range d.entries {
-		s := at[e.service]
-		f := &finder{view: v, out: &s.Findings, service: &s.ServicePort}
-		f.frontend(e, node.missingHooks)
-		if e.target != nil {
-			if h := chainHash(e.target.Name); h != "" {
-				byHash[h] = s
-			}
+		if e.clean {
+			continue
 		}
+		s := &p.Services[e.number]
+		f := &finder{view: v, out: &s.Findings, service: &s.ServicePort}
+		before := len(s.Findings)
+		f.frontend(e, node.missingHooks)
+		e.clean = len(s.Findings) == before
 	}
 	for _, c := range d.clashes {
-		s := at[c.first.service]
+		s := &p.Services[c.first.number]
 		f := &finder{view: v, out: &s.Findings, service: &s.ServicePort, about: frontendText(c.first.front)}
 		f.add(FrontendConflict, Warning, []RuleRef{c.first.rule, c.rule},
 			"%s is also a frontend of %s: the first rule wins, and which that is may change with every sync", frontendText(c.first.front), c.other)
 	}
-	v.scanChains(&owners{node: node, byHash: byHash, programmed: p})
+	v.scanChains(&owners{node: node, programmed: p, entries: d.entries}, last, known)
 }
 
 // finder collects findings about one Service, or about the node.

@@ -65,12 +65,26 @@ func kind(table, chain string) (own, bool) {
 type owners struct {
 	node       *finder // for chains of no Service
 	programmed *Programmed
-	byHash     map[string]*Service
-	endpoints  map[string]*Service // by the name of a KUBE-SEP chain; made when first needed
+	entries    []*entry
+	byHash     map[string]*Service // made when first needed, as most often nothing is found
+	endpoints  map[string]*Service // by the name of a KUBE-SEP chain; the same
+	asked      int
 }
 
-// finder returns what collects findings about a chain.
+// finder returns what collects findings about a chain. It is asked only when
+// there is one.
 func (o *owners) finder(c *netfilter.Chain) *finder {
+	o.asked++
+	if o.byHash == nil {
+		o.byHash = map[string]*Service{}
+		for _, e := range o.entries {
+			if e.target != nil {
+				if h := chainHash(e.target.Name); h != "" {
+					o.byHash[h] = &o.programmed.Services[e.number]
+				}
+			}
+		}
+	}
 	s := o.byHash[chainHash(c.Name)]
 	if s == nil {
 		s = o.sender(c.Name)
@@ -100,29 +114,44 @@ func (o *owners) sender(chain string) *Service {
 }
 
 // scanChains looks at every chain of kube-proxy for rules that it does not
-// write, and for endpoint rules that nothing can reach.
-func (v *View) scanChains(owners *owners) {
-	for _, t := range v.rules.Tables {
+// write, and for endpoint rules that nothing can reach. Chains that nothing was
+// found about and that are as they were are passed over.
+func (v *View) scanChains(owners *owners, last *Programmed, known *changes) {
+	for n, t := range v.rules.Tables {
+		odd := map[netfilter.ChainID]bool{}
+		owners.programmed.memory.odd = append(owners.programmed.memory.odd, odd)
 		if t.Lookup("KUBE-NODE-PORT") != nil {
 			continue // ipvs mode, which writes other rules into chains of the same names
 		}
 		for _, c := range t.Chains() {
-			o, ok := kind(t.Name, c.Name)
-			if !ok || (t.Name == "kube-proxy") != isNFTables(t) {
+			if known != nil && !known.concernChain(n, c) && !last.memory.odd[n][c.ID] {
 				continue
 			}
-			o.foreign(owners, t, c)
-			if o.balance {
-				unreachable(owners, t, c)
-			}
-			if strings.HasPrefix(c.Name, "KUBE-SEP-") {
-				hairpin(owners, t, c)
+			asked := owners.asked
+			scanChain(owners, t, c)
+			if owners.asked > asked {
+				odd[c.ID] = true
 			}
 		}
 		if t.Name == "nat" {
 			unreferenced(owners, t)
 			unmasqueraded(owners, t)
 		}
+	}
+}
+
+// scanChain looks at one chain.
+func scanChain(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
+	o, ok := kind(t.Name, c.Name)
+	if !ok || (t.Name == "kube-proxy") != isNFTables(t) {
+		return
+	}
+	o.foreign(owners, t, c)
+	if o.balance {
+		unreachable(owners, t, c)
+	}
+	if strings.HasPrefix(c.Name, "KUBE-SEP-") {
+		hairpin(owners, t, c)
 	}
 }
 
@@ -133,6 +162,11 @@ func unreferenced(owners *owners, t *netfilter.Table) {
 	if c := t.Lookup("KUBE-SERVICES"); c == nil || c.Len() == 0 {
 		return // all are: RulesMissing says so
 	}
+	for _, c := range t.Chains() {
+		if strings.HasPrefix(c.Name, "KUBE-SVC-") && c.Len() > 0 && !balancesWithComments(c) {
+			return
+		}
+	}
 	used := make([]bool, t.NameCount())
 	for _, c := range t.Chains() {
 		for i := range c.Len() {
@@ -141,11 +175,6 @@ func unreferenced(owners *owners, t *netfilter.Table) {
 					used[e.A] = true
 				}
 			}
-		}
-	}
-	for _, c := range t.Chains() {
-		if strings.HasPrefix(c.Name, "KUBE-SVC-") && c.Len() > 0 && !balancesWithComments(c) {
-			return
 		}
 	}
 	for _, c := range t.Chains() {

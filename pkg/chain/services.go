@@ -111,6 +111,10 @@ type entry struct {
 	affinity int
 	facts    facts
 	trail    trail
+	// Where its Service is among those of Programmed, and whether nothing was
+	// found about it.
+	number int
+	clean  bool
 }
 
 // Services works out every Service of the ruleset.
@@ -122,13 +126,15 @@ func (v *View) Services() *Programmed { return v.Update(&Programmed{}) }
 func (v *View) Update(last *Programmed) *Programmed {
 	d := v.discover()
 	anew := d.entries
+	var known *changes // since last; nil for everything
 	if last.memory.view != nil {
-		if changes, ok := v.changes(last.memory.view); ok {
-			anew = nil
-			for _, e := range d.entries {
-				if !e.recall(last.memory.entries[e.key()], &changes) {
-					anew = append(anew, e)
-				}
+		known = v.changes(last.memory.view)
+	}
+	if known != nil {
+		anew = nil
+		for _, e := range d.entries {
+			if !e.recall(last.memory.entries[e.key()], known) {
+				anew = append(anew, e)
 			}
 		}
 	}
@@ -144,7 +150,7 @@ func (v *View) Update(last *Programmed) *Programmed {
 	}
 	wg.Wait()
 
-	p := &Programmed{memory: memory{v, d.at}}
+	p := &Programmed{memory: memory{view: v, entries: d.at}}
 	slices.SortStableFunc(d.entries, func(a, b *entry) int {
 		return cmp.Or(
 			cmp.Compare(a.service.Namespace, b.service.Namespace), cmp.Compare(a.service.Name, b.service.Name),
@@ -159,10 +165,11 @@ func (v *View) Update(last *Programmed) *Programmed {
 		}
 		s := &p.Services[len(p.Services)-1]
 		e.front.Routes = e.routes
+		e.number = len(p.Services) - 1
 		s.Frontends = append(s.Frontends, e.front)
 		s.AffinitySeconds = max(s.AffinitySeconds, e.affinity)
 	}
-	v.find(p, d)
+	v.find(p, d, last, known)
 	return p
 }
 

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
+	"strings"
 
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -70,12 +71,15 @@ func (t *trail) keep(routes []Route) trail {
 type memory struct {
 	view    *View
 	entries map[frontKey]*entry
+	odd     []map[netfilter.ChainID]bool // of each table, the chains that there was a finding about
 }
 
 // changes are the differences between two rulesets, as far as walks can tell.
 type changes struct {
 	chains []map[netfilter.ChainID]chainChange // of each table
 	sets   []map[uint32]setChange
+	// endpoints says that a chain of an endpoint is another, or gone.
+	endpoints bool
 }
 
 // chainChange is how a chain differs: wholly, or for packets of these keys.
@@ -89,12 +93,12 @@ type setChange struct {
 	keys  map[netfilter.SetKey]bool
 }
 
-// changes returns what differs between two views; ok is false when everything
-// may.
-func (v *View) changes(last *View) (c changes, ok bool) {
+// changes returns what differs between two views; nil when everything may.
+func (v *View) changes(last *View) *changes {
 	if !v.sameFrame(last) {
-		return c, false
+		return nil
 	}
+	c := &changes{}
 	for i, t := range v.rules.Tables {
 		old := last.rules.Tables[i]
 		chains, sets := map[netfilter.ChainID]chainChange{}, map[uint32]setChange{}
@@ -103,6 +107,9 @@ func (v *View) changes(last *View) (c changes, ok bool) {
 				now, was := t.ByID(id), byID(old, id)
 				if now == was || now != nil && was != nil && now.Version() == was.Version() {
 					continue
+				}
+				if was != nil && strings.HasPrefix(was.Name, "KUBE-SEP-") {
+					c.endpoints = true
 				}
 				chains[id] = changedKeys(v.index(t, id), last.index(old, id), now, was)
 			}
@@ -114,7 +121,7 @@ func (v *View) changes(last *View) (c changes, ok bool) {
 		}
 		c.chains, c.sets = append(c.chains, chains), append(c.sets, sets)
 	}
-	return c, true
+	return c
 }
 
 func byID(t *netfilter.Table, id netfilter.ChainID) *netfilter.Chain {
@@ -260,6 +267,18 @@ func (c *changes) touch(e *entry) bool {
 	return false
 }
 
+// concernChain reports whether what can be found about a chain may have changed:
+// with it, or with the chains of endpoints that it leads to.
+func (c *changes) concernChain(table int, of *netfilter.Chain) bool {
+	if len(c.chains[table]) == 0 {
+		return false
+	}
+	if _, ok := c.chains[table][of.ID]; ok {
+		return true
+	}
+	return c.endpoints && !strings.HasPrefix(of.Name, "KUBE-SEP-")
+}
+
 // concerns reports whether the chain differs for any destination that an entry
 // asked long chains for.
 func (c *chainChange) concerns(e *entry) bool {
@@ -284,6 +303,7 @@ func (e *entry) recall(o *entry, c *changes) bool {
 		return false
 	}
 	e.routes, e.affinity, e.facts, e.trail = o.routes, o.affinity, o.facts, o.trail
+	e.clean = o.clean && len(o.facts.fell) == 0 // which hooks lead to Services matters for those
 	return true
 }
 

@@ -91,8 +91,8 @@ type nftTable struct {
 	next   *netfilter.Table // revises last, during a step
 	proto  uint8
 	flags  uint32
-	use    uint32 // how many chains, sets and other objects the kernel counts, pending ones too
-	reason string // why it cannot be read
+	use    uint32         // how many chains, sets and other objects the kernel counts, pending ones too
+	reason string         // why it cannot be read
 	decode [2]*nftDecoder // of each worker
 
 	marks []chainMark         // by ChainID

@@ -99,8 +99,8 @@ func (rs *Ruleset) BaseChains(f Family, h Hook) []BaseChain {
 		if t.Family != f {
 			continue
 		}
-		for _, c := range t.Chains() {
-			if c.Base != nil && c.Base.Hook == h {
+		for _, id := range t.order {
+			if c := t.chains[id]; c.Base != nil && c.Base.Hook == h {
 				out = append(out, BaseChain{c, t})
 			}
 		}

@@ -53,8 +53,8 @@ type Follower struct {
 	absent     bool // the kernel has no nf_tables
 	last       *netfilter.Ruleset
 	stepped    *netfilter.Ruleset // of the last step, whether it was believed or not
-	generation uint32 // of last
-	seen       uint32 // the generation seen last, and when first
+	generation uint32             // of last
+	seen       uint32             // the generation seen last, and when first
 	since      time.Time
 	confirm    time.Time // when everything has to be read again; zero for not at all
 }
