@@ -2,15 +2,22 @@
 # and Debian's iptables, nftables and nfacct; without them they are skipped.
 
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 ARGS     ?= demo
 BENCH    ?= .
 FUZZTIME ?= 60s
 
+# The time that images bear, in seconds since 1970.
+SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),0)
+
 LDFLAGS := -s -w -X github.com/natlens/natlens/internal/version.version=$(VERSION)
+BUILD   := CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)'
 # -race needs a C compiler; without one the go command turns cgo off.
 RACE     = $(if $(filter 0,$(shell go env CGO_ENABLED)),,-race)
 # The linters have a module of their own, so that they weigh on nobody else's.
-TOOL    := go tool -modfile=tools/go.mod
+TOOL    := go tool -modfile=$(CURDIR)/tools/go.mod
+# Programs that have one for the same reason.
+MODULES := tools/image
 
 # Where iptables lives; an ordinary user's PATH leaves it out.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -23,7 +30,16 @@ help: ## Print this help
 
 .PHONY: build
 build: ## Build bin/agent and bin/echo, static (VERSION=v1.2.3 sets the version)
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/agent ./cmd/echo
+	$(BUILD) -o bin/ ./cmd/agent ./cmd/echo
+
+.PHONY: image
+image: ## Build bin/image/*.tar, OCI archives of both programs for amd64 and arm64, and their SBOMs
+	for arch in amd64 arm64; do GOOS=linux GOARCH=$$arch $(BUILD) -o bin/image/$$arch/ ./cmd/agent ./cmd/echo || exit 1; done
+	go -C tools/image run . -version '$(VERSION)' -revision '$(REVISION)' -created $(SOURCE_DATE_EPOCH) '$(CURDIR)/bin/image'
+
+.PHONY: repeat
+repeat: image ## Prove that images are reproducible: build them again elsewhere, without a cache
+	tools/image/repeat.sh '$(VERSION)'
 
 .PHONY: run
 run: build ## Run the demo, best as root; with ARGS, the agent: make run ARGS='services -o wide'
@@ -33,13 +49,12 @@ run: build ## Run the demo, best as root; with ARGS, the agent: make run ARGS='s
 test: ## Run all tests, with the race detector (TESTFLAGS='-run TestX -v')
 	$(if $(RACE),,@echo 'make test: no C compiler here, so no race detector')
 	go test $(RACE) $(TESTFLAGS) ./...
+	for m in $(MODULES); do go -C $$m test $(TESTFLAGS) ./... || exit 1; done
 
 .PHONY: lint
 lint: ## Check format, modules, vet, linters and which package imports what
 	@files=$$(gofmt -l .); [ -z "$$files" ] || { echo "not formatted by gofmt:"; echo "$$files"; exit 1; }
-	go mod tidy -diff
-	go vet ./...
-	$(TOOL) golangci-lint run
+	for m in . $(MODULES); do (cd $$m && go mod tidy -diff && go vet ./... && $(TOOL) golangci-lint run) || exit 1; done
 
 .PHONY: bench
 bench: ## Run the benchmarks (BENCH=regexp picks some)
