@@ -117,7 +117,7 @@ func demoLive(ctx context.Context, ln net.Listener, stdout io.Writer, log *slog.
 		return err
 	}
 	go d.Traffic(ctx)
-	if err := serveOn(ctx, ln, keeper, true, log); err != nil {
+	if err := serveOn(ctx, ln, nil, keeper, true, log); err != nil {
 		return err
 	}
 	fmt.Fprintln(stdout, "\nWhat the traffic did:")
@@ -134,7 +134,7 @@ func demoRecorded(ctx context.Context, ln net.Listener, stdout io.Writer, log *s
 	if err := demoIntro(stdout, ln, keeper.Snapshot()); err != nil {
 		return err
 	}
-	return serveOn(ctx, ln, keeper, true, log)
+	return serveOn(ctx, ln, nil, keeper, true, log)
 }
 
 type recorded struct{}

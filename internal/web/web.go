@@ -272,14 +272,15 @@ func writeEvent(w http.ResponseWriter, snap *snapshot.Snapshot) {
 
 func (s *server) alive(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") }
 
-// ready says whether there is something to serve; a stale view is.
+// ready says whether there is something to serve; a stale view is. Everybody may
+// ask, and a reason can quote a rule, so it is left to the documents.
 func (s *server) ready(w http.ResponseWriter, _ *http.Request) {
 	snap := s.Source.Snapshot()
 	switch {
 	case snap == nil:
 		http.Error(w, "the node's rules have not been read yet", http.StatusServiceUnavailable)
 	case snap.Stale:
-		fmt.Fprintln(w, "ok, but stale: "+snap.Error)
+		fmt.Fprintln(w, "ok, but stale: /api/v1/services says why")
 	default:
 		fmt.Fprintln(w, "ok")
 	}

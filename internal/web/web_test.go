@@ -219,7 +219,7 @@ func TestRoutes(t *testing.T) {
 		{starting, "GET", "/", 200, htmlType, "<!doctype html>"},
 
 		{stale, "GET", service, 200, jsonType, `"stale":true,"error":"no such table"`},
-		{stale, "GET", "/readyz", 200, textType, "ok, but stale: no such table"},
+		{stale, "GET", "/readyz", 200, textType, "ok, but stale: /api/v1/services says why"},
 		{stale, "GET", "/metrics", 200, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores", "natlens_up 0"},
 	} {
 		t.Run(test.method+" "+strings.ReplaceAll(test.path, "/", " ")+" "+fmt.Sprint(test.code), func(t *testing.T) {
