@@ -32,11 +32,13 @@ const (
 	maxAnswers = 1024
 	// reviewTimeout bounds a question to the API server.
 	reviewTimeout = 5 * time.Second
-	// Questions per second, and how many at once after a quiet time. Whoever was
-	// let in within familiarFor has a rate of his own, so that a flood of wrong
-	// tokens does not keep him out.
-	reviewRate, reviewBurst = 20, 40
-	familiarFor             = time.Hour
+	// Questions per second, and how many at once after a quiet time; more wait,
+	// those refused that would wait for longer than reviewTimeout. Whoever was let
+	// in within familiarFor does not stand in the queue of newcomers, so that a
+	// flood of wrong tokens does not keep him out.
+	newcomerRate, newcomerBurst = 20, 40
+	familiarRate, familiarBurst = 100, 200
+	familiarFor                 = time.Hour
 )
 
 // ErrUnauthenticated is returned for a token that the API server does not know.
@@ -87,14 +89,14 @@ type Gate struct {
 
 // owner is whose a token was.
 type owner struct {
-	authenticationv1.UserInfo
+	user  *authenticationv1.UserInfo
 	until time.Time // then it is time to ask again
 }
 
 // New returns a gate that asks the API server of a configuration.
 func New(config *rest.Config, log *slog.Logger) (*Gate, error) {
 	config = rest.CopyConfig(config)
-	config.QPS = -1 // the gate's own limits refuse at once, where this would queue
+	config.QPS = -1 // the gate has limits of its own, for two kinds of callers
 	config.WarningHandler = rest.NoWarnings{}
 	config.APIPath = "/apis"
 	config.ContentType = runtime.ContentTypeJSON
@@ -127,8 +129,8 @@ func New(config *rest.Config, log *slog.Logger) (*Gate, error) {
 		strangers: cache.NewLRUExpireCache(maxAnswers),
 		allowed:   cache.NewLRUExpireCache(maxAnswers),
 		denied:    cache.NewLRUExpireCache(maxAnswers),
-		newcomers: rate.NewLimiter(reviewRate, reviewBurst),
-		familiar:  rate.NewLimiter(reviewRate, reviewBurst),
+		newcomers: rate.NewLimiter(newcomerRate, newcomerBurst),
+		familiar:  rate.NewLimiter(familiarRate, familiarBurst),
 		complain:  rate.Sometimes{Interval: time.Minute},
 	}, nil
 }
@@ -142,23 +144,32 @@ func (g *Gate) Check(ctx context.Context, token, path string) error {
 	if err != nil {
 		return err
 	}
-	// The digest has a fixed length, so no other token and path give the same.
-	return g.mayGet(ctx, key(sha256.Sum256(append(who[:], path...))), user, nonResourceURL(path))
+	if user == nil {
+		return ErrUnauthenticated
+	}
+	url := nonResourceURL(path)
+	// The digest has a fixed length, so no other token and URL give the same.
+	allowed, err := g.mayGet(ctx, key(sha256.Sum256(append(who[:], url...))), user, url)
+	if err == nil && !allowed {
+		err = &ForbiddenError{User: user.Username, URL: url}
+	}
+	return err
 }
 
-// user returns the owner of a token.
-func (g *Gate) user(ctx context.Context, who key, token string) (authenticationv1.UserInfo, error) {
+// user returns the owner of a token, nil if nobody is.
+func (g *Gate) user(ctx context.Context, who key, token string) (*authenticationv1.UserInfo, error) {
+	user, known := g.recallUser(who)
+	if known {
+		return user, nil
+	}
 	limit := g.newcomers
-	if known, ok := g.users.Get(who); ok {
-		if o := known.(owner); !time.Now().After(o.until) {
-			return o.UserInfo, nil
-		}
+	if _, ok := g.users.Get(who); ok {
 		limit = g.familiar
 	}
-	if _, ok := g.strangers.Get(who); ok {
-		return authenticationv1.UserInfo{}, ErrUnauthenticated
-	}
 	answer, err := g.ask(ctx, limit, "token "+string(who[:]), func(ctx context.Context) (any, error) {
+		if user, known := g.recallUser(who); known { // answered a moment ago
+			return user, nil
+		}
 		asked := &authenticationv1.TokenReview{Spec: authenticationv1.TokenReviewSpec{Token: token}}
 		var review authenticationv1.TokenReview
 		if err := g.tokens.Post().Resource("tokenreviews").Body(asked).Do(ctx).Into(&review); err != nil {
@@ -168,27 +179,40 @@ func (g *Gate) user(ctx context.Context, who key, token string) (authenticationv
 		if !review.Status.Authenticated || review.Status.User.Username == "" {
 			g.users.Remove(who)
 			g.strangers.Add(who, struct{}{}, noFor)
-			return nil, ErrUnauthenticated
+			return (*authenticationv1.UserInfo)(nil), nil
 		}
-		g.users.Add(who, owner{review.Status.User, time.Now().Add(userFor)}, familiarFor)
-		return review.Status.User, nil
+		user := &review.Status.User
+		g.users.Add(who, owner{user, time.Now().Add(userFor)}, familiarFor)
+		return user, nil
 	})
 	if err != nil {
-		return authenticationv1.UserInfo{}, err
+		return nil, err
 	}
-	return answer.(authenticationv1.UserInfo), nil
+	return answer.(*authenticationv1.UserInfo), nil
 }
 
-// mayGet asks for the right to get a URL.
-func (g *Gate) mayGet(ctx context.Context, what key, user authenticationv1.UserInfo, url string) error {
-	forbidden := &ForbiddenError{User: user.Username, URL: url}
-	if _, ok := g.allowed.Get(what); ok {
-		return nil
+// recallUser returns the owner of a token, nil if nobody is, as last answered.
+func (g *Gate) recallUser(who key) (user *authenticationv1.UserInfo, known bool) {
+	if v, ok := g.users.Get(who); ok {
+		if o := v.(owner); !time.Now().After(o.until) {
+			return o.user, true
+		}
 	}
-	if _, ok := g.denied.Get(what); ok {
-		return forbidden
+	_, known = g.strangers.Get(who)
+	return nil, known
+}
+
+// mayGet reports whether a user has the right to get a URL; what stands for the
+// user's token and the URL.
+func (g *Gate) mayGet(ctx context.Context, what key, user *authenticationv1.UserInfo, url string) (bool, error) {
+	allowed, known := g.recallRight(what)
+	if known {
+		return allowed, nil
 	}
-	_, err := g.ask(ctx, g.familiar, "right "+string(what[:]), func(ctx context.Context) (any, error) {
+	answer, err := g.ask(ctx, g.familiar, "right "+string(what[:]), func(ctx context.Context) (any, error) {
+		if allowed, known := g.recallRight(what); known { // answered a moment ago
+			return allowed, nil
+		}
 		asked := &authorizationv1.SubjectAccessReview{Spec: authorizationv1.SubjectAccessReviewSpec{
 			User: user.Username, UID: user.UID, Groups: user.Groups, Extra: extra(user),
 			NonResourceAttributes: &authorizationv1.NonResourceAttributes{Path: url, Verb: "get"},
@@ -197,18 +221,30 @@ func (g *Gate) mayGet(ctx context.Context, what key, user authenticationv1.UserI
 		if err := g.rights.Post().Resource("subjectaccessreviews").Body(asked).Do(ctx).Into(&review); err != nil {
 			return nil, g.unanswered(fmt.Errorf("asking the API server whether %q may get %s: %w", user.Username, url, err))
 		}
-		if !review.Status.Allowed {
+		if review.Status.Allowed {
+			g.allowed.Add(what, struct{}{}, rightFor)
+		} else {
 			g.denied.Add(what, struct{}{}, noFor)
-			return nil, forbidden
 		}
-		g.allowed.Add(what, struct{}{}, rightFor)
-		return nil, nil
+		return review.Status.Allowed, nil
 	})
-	return err
+	if err != nil {
+		return false, err
+	}
+	return answer.(bool), nil
+}
+
+// recallRight returns what was last answered about a right.
+func (g *Gate) recallRight(what key) (allowed, known bool) {
+	if _, allowed = g.allowed.Get(what); allowed {
+		return true, true
+	}
+	_, known = g.denied.Get(what)
+	return false, known
 }
 
 // extra says in the words of one API what the other said.
-func extra(user authenticationv1.UserInfo) map[string]authorizationv1.ExtraValue {
+func extra(user *authenticationv1.UserInfo) map[string]authorizationv1.ExtraValue {
 	out := make(map[string]authorizationv1.ExtraValue, len(user.Extra))
 	for k, v := range user.Extra {
 		out[k] = authorizationv1.ExtraValue(v)
@@ -220,11 +256,11 @@ func extra(user authenticationv1.UserInfo) map[string]authorizationv1.ExtraValue
 // it waits for that answer. A caller that leaves takes nobody's answer with it.
 func (g *Gate) ask(ctx context.Context, limit *rate.Limiter, question string, put func(context.Context) (any, error)) (any, error) {
 	answer := g.flight.DoChan(question, func() (any, error) {
-		if !limit.Allow() {
-			return nil, errBusy
-		}
 		ctx, cancel := context.WithTimeout(context.Background(), reviewTimeout)
 		defer cancel()
+		if err := limit.Wait(ctx); err != nil {
+			return nil, errBusy
+		}
 		return put(ctx)
 	})
 	select {

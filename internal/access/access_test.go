@@ -293,16 +293,49 @@ func TestFlood(t *testing.T) {
 		time.Sleep(userFor + time.Nanosecond) // prom has to be asked about again
 		api.questions()
 		const seconds, perSecond = 100, 50
+		refused := make(chan time.Duration, seconds*perSecond)
 		for i := range seconds * perSecond {
-			_ = g.Check(t.Context(), fmt.Sprint("wrong ", i), "/metrics")
+			go func() {
+				start := time.Now()
+				_ = g.Check(t.Context(), fmt.Sprint("wrong ", i), "/metrics")
+				refused <- time.Since(start)
+			}()
 			time.Sleep(time.Second / perSecond)
 		}
-		if tokens, _ := api.questions(); tokens > seconds*reviewRate+reviewBurst || tokens < seconds*reviewRate {
+		if tokens, _ := api.questions(); tokens > seconds*newcomerRate+newcomerBurst || tokens < seconds*newcomerRate {
 			t.Errorf("%d wrong tokens brought %d questions", seconds*perSecond, tokens)
 		}
+		start := time.Now()
 		expect(t, g, "prom", "/metrics", "yes")
+		if took := time.Since(start); took != 0 {
+			t.Errorf("who was in before waits for %v", took)
+		}
+		for range cap(refused) {
+			if took := <-refused; took > reviewTimeout {
+				t.Errorf("a stranger was held for %v", took)
+			}
+		}
 		if n := len(g.strangers.Keys()); n > maxAnswers {
 			t.Errorf("%d wrong tokens are remembered", n)
+		}
+	})
+}
+
+// TestManyPaths lets a script that may read ask for one path after the other: it
+// may be slowed down, not refused.
+func TestManyPaths(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		api := newFakeAPI()
+		g, _ := newGate(t, &rest.Config{Host: "http://api", Transport: api})
+		const paths = 2000
+		start := time.Now()
+		for i := range paths {
+			path := fmt.Sprint("/api/v1/services/default/", i)
+			api.do(func() { api.rights["debugger"] = []string{"/natlens" + path} })
+			expect(t, g, "debug", path, "yes")
+		}
+		if took, most := time.Since(start), paths/familiarRate*time.Second; took > most {
+			t.Errorf("took %v, want %v at most", took, most)
 		}
 	})
 }
