@@ -139,6 +139,10 @@ func New(config *rest.Config, log *slog.Logger) (*Gate, error) {
 // [ErrUnauthenticated], a [*ForbiddenError], or another error when nobody could
 // say. That last one is for the log; it may name what a stranger need not know.
 func (g *Gate) Check(ctx context.Context, token, path string) error {
+	// For both questions together; the answer to the second is remembered all the
+	// same, for the next try.
+	ctx, cancel := context.WithTimeout(ctx, reviewTimeout)
+	defer cancel()
 	who := key(sha256.Sum256([]byte(token)))
 	user, err := g.user(ctx, who, token)
 	if err != nil {
