@@ -59,7 +59,7 @@ func (s *Snapshot) next(rs *netfilter.Ruleset, node chain.Node, now time.Time) *
 		next.Version++
 	}
 	next.Rules, next.node = rs, node
-	next.View = chain.NewView(rs, node)
+	next.View = s.View.Next(rs, node)
 	next.Programmed = next.View.Update(s.Programmed)
 	if s.Backend != BackendFile {
 		next.Backend = backendOf(rs)

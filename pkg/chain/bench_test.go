@@ -61,7 +61,7 @@ func BenchmarkUpdate(b *testing.B) {
 			b.Run(fmt.Sprintf("services=%d/changed=%s", n, name), func(b *testing.B) {
 				b.ReportAllocs()
 				for range b.N {
-					chain.NewView(next, node).Update(programmed)
+					last.Next(next, node).Update(programmed)
 				}
 			})
 		}

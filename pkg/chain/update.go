@@ -95,33 +95,55 @@ type setChange struct {
 
 // changes returns what differs between two views; nil when everything may.
 func (v *View) changes(last *View) *changes {
-	if !v.sameFrame(last) {
+	differ, ok := differing(v.rules, last.rules)
+	if !ok || !v.sameFrame(last) {
 		return nil
 	}
 	c := &changes{}
 	for i, t := range v.rules.Tables {
 		old := last.rules.Tables[i]
 		chains, sets := map[netfilter.ChainID]chainChange{}, map[uint32]setChange{}
-		if t != old {
-			for id := range netfilter.ChainID(t.NameCount()) {
-				now, was := t.ByID(id), byID(old, id)
-				if now == was || now != nil && was != nil && now.Version() == was.Version() {
-					continue
-				}
-				if was != nil && strings.HasPrefix(was.Name, "KUBE-SEP-") {
-					c.endpoints = true
-				}
-				chains[id] = changedKeys(v.index(t, id), last.index(old, id), now, was)
+		for _, id := range differ[i] {
+			now, was := t.ByID(id), byID(old, id)
+			if was != nil && strings.HasPrefix(was.Name, "KUBE-SEP-") {
+				c.endpoints = true
 			}
-			for n, s := range t.Sets() {
-				if was := setAt(old, n); s != was {
-					sets[uint32(n)] = changedElements(s, was)
-				}
+			chains[id] = changedKeys(v.index(t, id), last.index(old, id), now, was)
+		}
+		for n, s := range t.Sets() {
+			if was := setAt(old, n); s != was {
+				sets[uint32(n)] = changedElements(s, was)
 			}
 		}
 		c.chains, c.sets = append(c.chains, chains), append(c.sets, sets)
 	}
 	return c
+}
+
+// differing returns the chains of each table of a ruleset that are there in the
+// last one with other rules, or only in one of them; ok is false when the tables
+// are not of one line.
+func differing(rs, last *netfilter.Ruleset) (chains [][]netfilter.ChainID, ok bool) {
+	if len(rs.Tables) != len(last.Tables) {
+		return nil, false
+	}
+	for i, t := range rs.Tables {
+		old := last.Tables[i]
+		if !t.Same(old) || !t.Revises(old) {
+			return nil, false
+		}
+		var ids []netfilter.ChainID
+		if t != old {
+			for id := range netfilter.ChainID(t.NameCount()) {
+				now, was := t.ByID(id), byID(old, id)
+				if now != was && (now == nil || was == nil || now.Version() != was.Version()) {
+					ids = append(ids, id)
+				}
+			}
+		}
+		chains = append(chains, ids)
+	}
+	return chains, true
 }
 
 func byID(t *netfilter.Table, id netfilter.ChainID) *netfilter.Chain {
@@ -149,13 +171,8 @@ func (v *View) index(t *netfilter.Table, id netfilter.ChainID) *index {
 // sameFrame reports whether packets of each class start alike in both views and
 // meet the same base chains.
 func (v *View) sameFrame(o *View) bool {
-	if len(v.rules.Tables) != len(o.rules.Tables) || !reflect.DeepEqual(v.node, o.node) {
+	if !reflect.DeepEqual(v.node, o.node) {
 		return false
-	}
-	for i, t := range v.rules.Tables {
-		if !t.Same(o.rules.Tables[i]) || !t.Revises(o.rules.Tables[i]) {
-			return false
-		}
 	}
 	for i, f := range v.family {
 		g := o.family[i]

@@ -202,7 +202,8 @@ func TestUpdateIsServices(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := rand.New(rand.NewPCG(1, uint64(len(name))))
 			last := revise(t, &netfilter.Ruleset{}, rules, unedited)
-			programmed := chain.NewView(last, node).Services()
+			view := chain.NewView(last, node)
+			programmed := view.Services()
 			var before []string
 			changed := 0
 			for step := range 150 {
@@ -226,8 +227,8 @@ func TestUpdateIsServices(t *testing.T) {
 					return 0
 				}
 				next := revise(t, last, rules, count)
-				view := chain.NewView(next, node)
-				want, got := view.Services(), view.Update(programmed)
+				view = view.Next(next, node)
+				want, got := chain.NewView(next, node).Services(), view.Update(programmed)
 				text := told(want)
 				if !slices.Equal(text, told(got)) {
 					t.Fatalf("step %d: (-anew +updated):\n%s", step, cmp.Diff(text, told(got)))
@@ -250,7 +251,8 @@ func TestUpdateServices(t *testing.T) {
 	services := kubeproxy.Synthetic(120, 4)
 	node := chain.Node{Local: []netip.Addr{kubeproxy.SyntheticNodeIP}}
 	last := revise(t, &netfilter.Ruleset{}, synthetic(t, services), unedited)
-	programmed := chain.NewView(last, node).Services()
+	view := chain.NewView(last, node)
+	programmed := view.Services()
 	for step := range 200 {
 		services = slices.Clone(services)
 		s := &services[r.IntN(len(services))]
@@ -273,9 +275,9 @@ func TestUpdateServices(t *testing.T) {
 			}
 		}
 		next := revise(t, last, synthetic(t, services), unedited)
-		view := chain.NewView(next, node)
+		view = view.Next(next, node)
 		got := view.Update(programmed)
-		if want := told(view.Services()); !slices.Equal(want, told(got)) {
+		if want := told(chain.NewView(next, node).Services()); !slices.Equal(want, told(got)) {
 			t.Fatalf("step %d: (-anew +updated):\n%s", step, cmp.Diff(want, told(got)))
 		}
 		last, programmed = next, got

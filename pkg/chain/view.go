@@ -1,8 +1,10 @@
 package chain
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -15,6 +17,9 @@ type View struct {
 	rules  *netfilter.Ruleset
 	node   Node
 	family [2]*familyView // IPv4, IPv6; nil where the ruleset has no table
+
+	given Node            // the node before it was completed
+	pods  map[podHint]int // how many rules tell where pods are
 }
 
 // familyView is what is worked out once per family.
@@ -23,6 +28,7 @@ type familyView struct {
 	hooks   [5][]netfilter.BaseChain
 	tables  map[*netfilter.Table]*tableView
 	sources map[Class]netip.Addr // an address that stands for the class
+	named   *sourceRanges
 	// masquerade and drop are the mark bits that KUBE-MARK-MASQ and
 	// KUBE-MARK-DROP (kubelet up to v1.26) set; both can be configured.
 	masquerade, drop uint32
@@ -38,22 +44,18 @@ type tableView struct {
 // filled in from the rules: pod ranges from kube-proxy's masquerade rules, an
 // unnamed address for the node's own.
 func NewView(rs *netfilter.Ruleset, node Node) *View {
-	v := &View{rules: rs, node: node}
-	v.node.Local = slices.Clone(node.Local)
-	if len(node.Local) == 0 {
-		v.node.Local = detectLocal(rs)
+	pods := map[podHint]int{}
+	for _, t := range rs.Tables {
+		for _, c := range t.Chains() {
+			countPods(pods, t, c, 1)
+		}
 	}
-	if len(node.PodCIDRs) == 0 && len(node.PodInterfaces) == 0 {
-		v.node.PodCIDRs, v.node.PodInterfaces = detectPods(rs)
-	}
+	v := newView(rs, node, pods)
 	for i, f := range []netfilter.Family{netfilter.IPv4, netfilter.IPv6} {
 		if !slices.ContainsFunc(rs.Tables, func(t *netfilter.Table) bool { return t.Family == f }) {
 			continue
 		}
 		fv := &familyView{family: f, tables: map[*netfilter.Table]*tableView{}}
-		for h := netfilter.Prerouting; h <= netfilter.Postrouting; h++ {
-			fv.hooks[h] = rs.BaseChains(f, h)
-		}
 		for n, t := range rs.Tables {
 			if t.Family != f {
 				continue
@@ -64,11 +66,83 @@ func NewView(rs *netfilter.Ruleset, node Node) *View {
 			}
 			fv.tables[t] = tv
 		}
-		fv.masquerade, fv.drop = fv.marks("KUBE-MARK-MASQ"), fv.marks("KUBE-MARK-DROP")
 		v.family[i] = fv
-		v.choosePackets(fv)
+		fv.named = v.namedSources(f)
+		v.complete(fv)
 	}
 	return v
+}
+
+// Next is NewView for the ruleset that was read after that of v. It looks again
+// only at the chains that have changed.
+func (v *View) Next(rs *netfilter.Ruleset, node Node) *View {
+	differ, ok := differing(rs, v.rules)
+	if !ok || len(node.Local) == 0 || !reflect.DeepEqual(node, v.given) {
+		return NewView(rs, node)
+	}
+	pods := maps.Clone(v.pods)
+	for n, ids := range differ {
+		for _, id := range ids {
+			countPods(pods, v.rules.Tables[n], byID(v.rules.Tables[n], id), -1)
+			countPods(pods, rs.Tables[n], byID(rs.Tables[n], id), 1)
+		}
+	}
+	next := newView(rs, node, pods)
+	if !slices.Equal(next.node.PodCIDRs, v.node.PodCIDRs) || len(next.node.PodCIDRs) == 0 {
+		return NewView(rs, node) // the candidates are others, or those of endpoints
+	}
+	for i, last := range v.family {
+		if last == nil {
+			continue
+		}
+		fv := &familyView{family: last.family, tables: map[*netfilter.Table]*tableView{}, named: last.named.clone()}
+		for n, t := range rs.Tables {
+			if t.Family != fv.family {
+				continue
+			}
+			was := last.tables[v.rules.Tables[n]]
+			tv := &tableView{number: uint32(n), indexes: was.indexes}
+			if len(differ[n]) > 0 {
+				tv.indexes = append(slices.Clone(was.indexes), make([]*index, t.NameCount()-len(was.indexes))...)
+			}
+			for _, id := range differ[n] {
+				tv.indexes[id] = nil
+				if c := t.ByID(id); c != nil {
+					tv.indexes[id] = newIndex(c)
+					fv.named.count(c, 1)
+				}
+				if c := byID(v.rules.Tables[n], id); c != nil {
+					fv.named.count(c, -1)
+				}
+			}
+			fv.tables[t] = tv
+		}
+		next.family[i] = fv
+		next.complete(fv)
+	}
+	return next
+}
+
+// newView completes the node, as far as no packets are needed.
+func newView(rs *netfilter.Ruleset, node Node, pods map[podHint]int) *View {
+	v := &View{rules: rs, node: node, given: node, pods: pods}
+	v.node.Local = slices.Clone(node.Local)
+	if len(node.Local) == 0 {
+		v.node.Local = detectLocal(rs)
+	}
+	if len(node.PodCIDRs) == 0 && len(node.PodInterfaces) == 0 {
+		v.node.PodCIDRs, v.node.PodInterfaces = detectPods(pods)
+	}
+	return v
+}
+
+// complete works out what does not depend on single chains.
+func (v *View) complete(fv *familyView) {
+	for h := netfilter.Prerouting; h <= netfilter.Postrouting; h++ {
+		fv.hooks[h] = v.rules.BaseChains(fv.family, h)
+	}
+	fv.masquerade, fv.drop = fv.marks("KUBE-MARK-MASQ"), fv.marks("KUBE-MARK-DROP")
+	v.choosePackets(fv)
 }
 
 func (v *View) of(f netfilter.Family) *familyView {
@@ -137,43 +211,58 @@ func (v *View) PacketFrom(source netip.Addr, to netip.AddrPort, p netfilter.Prot
 	return packet, class
 }
 
-// detectPods reads the local traffic detector of kube-proxy out of its
-// masquerade rules: what is not masqueraded on its way to a ClusterIP is a
-// pod's (pkg/proxy/util/localdetector.go).
-func detectPods(rs *netfilter.Ruleset) (cidrs []netip.Prefix, interfaces []string) {
-	add := func(c *netfilter.Chain, e netfilter.Expr) {
-		switch e.Kind {
-		case netfilter.Source:
-			if p, ok := c.CIDR(e); ok && p.Bits() > 0 && !p.IsSingleIP() && !slices.Contains(cidrs, p) {
-				cidrs = append(cidrs, p)
-			}
-		case netfilter.InInterface:
-			if name := string(c.Text(e)); !slices.Contains(interfaces, name) {
-				interfaces = append(interfaces, name)
-			}
+// podHint is a range or an interface that kube-proxy's rules take for the pods'.
+type podHint struct {
+	cidr netip.Prefix
+	link string
+}
+
+// countPods adds what a chain tells about where pods are, as often as by says.
+// Pods are those that are not masqueraded on their way to a ClusterIP, and those
+// whose way to an external address is that to a ClusterIP: the local traffic
+// detector of kube-proxy (pkg/proxy/util/localdetector.go).
+func countPods(pods map[podHint]int, t *netfilter.Table, c *netfilter.Chain, by int) {
+	if c == nil || t.Name != "nat" && !isNFTables(t) {
+		return
+	}
+	add := func(h podHint) {
+		if pods[h] += by; pods[h] == 0 {
+			delete(pods, h)
 		}
 	}
-	for _, t := range rs.Tables {
-		if t.Name != "nat" && !isNFTables(t) {
+	for i := range c.Len() {
+		rule := c.Rule(i)
+		bypass := bypassesPolicy(t, c, rule)
+		if !bypass && !marksForMasquerade(t, rule) {
 			continue
 		}
-		for _, c := range t.Chains() {
-			for i := range c.Len() {
-				rule := c.Rule(i)
-				// Pods are those that are not masqueraded on their way to a ClusterIP,
-				// and those whose way to an external address is that to a ClusterIP.
-				bypass := bypassesPolicy(t, c, rule)
-				if !bypass && !marksForMasquerade(t, rule) {
-					continue
+		for _, e := range rule {
+			if e.Negated() == bypass {
+				continue
+			}
+			switch e.Kind {
+			case netfilter.Source:
+				if p, ok := c.CIDR(e); ok && p.Bits() > 0 && !p.IsSingleIP() {
+					add(podHint{cidr: p})
 				}
-				for _, e := range rule {
-					if e.Negated() != bypass {
-						add(c, e)
-					}
-				}
+			case netfilter.InInterface:
+				add(podHint{link: string(c.Text(e))})
 			}
 		}
 	}
+}
+
+// detectPods returns where pods are, sorted.
+func detectPods(pods map[podHint]int) (cidrs []netip.Prefix, interfaces []string) {
+	for h := range pods {
+		if h.link != "" {
+			interfaces = append(interfaces, h.link)
+		} else {
+			cidrs = append(cidrs, h.cidr)
+		}
+	}
+	slices.Sort(interfaces)
+	slices.SortFunc(cidrs, func(a, b netip.Prefix) int { return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits())) })
 	return cidrs, interfaces
 }
 
@@ -239,14 +328,17 @@ func detectLocal(rs *netfilter.Ruleset) []netip.Addr {
 // choosePackets picks a source address for each class that no rule names, so
 // that it fares as most of its class do.
 func (v *View) choosePackets(fv *familyView) {
-	external, own, pod := externalCandidates(fv.family), nodeCandidates(fv.family), v.podCandidates(fv.family)
-	named := v.namedSources(fv.family, external, own, pod)
-	fv.sources = map[Class]netip.Addr{External: named.firstUnnamed(external), Pod: named.firstUnnamed(pod)}
+	external, own, pod := v.sourceCandidates(fv.family)
+	fv.sources = map[Class]netip.Addr{External: fv.named.firstUnnamed(external), Pod: fv.named.firstUnnamed(pod)}
 	fv.sources[Host] = v.node.address(fv.family)
 	if fv.sources[Host].IsLoopback() {
-		fv.sources[Host] = named.firstUnnamed(own)
+		fv.sources[Host] = fv.named.firstUnnamed(own)
 		v.node.Local = append(v.node.Local, fv.sources[Host])
 	}
+}
+
+func (v *View) sourceCandidates(f netfilter.Family) (external, own, pod []candidate) {
+	return externalCandidates(f), nodeCandidates(f), v.podCandidates(f)
 }
 
 // candidate is an address, within a range that may be named as a whole.
@@ -255,18 +347,23 @@ type candidate struct {
 	within netip.Prefix
 }
 
-// sourceRanges are what rules ask of a source: of single addresses, those that
-// are candidates.
+// sourceRanges counts what rules ask of a source: of single addresses, those
+// that are candidates.
 type sourceRanges struct {
-	single map[netip.Addr]bool
-	wide   map[netip.Prefix]bool
+	single map[netip.Addr]int
+	wide   map[netip.Prefix]int
 }
 
-func (v *View) namedSources(f netfilter.Family, lists ...[]candidate) *sourceRanges {
-	out := &sourceRanges{single: map[netip.Addr]bool{}, wide: map[netip.Prefix]bool{}}
-	for _, list := range lists {
+func (s *sourceRanges) clone() *sourceRanges {
+	return &sourceRanges{maps.Clone(s.single), maps.Clone(s.wide)}
+}
+
+func (v *View) namedSources(f netfilter.Family) *sourceRanges {
+	out := &sourceRanges{single: map[netip.Addr]int{}, wide: map[netip.Prefix]int{}}
+	external, own, pod := v.sourceCandidates(f)
+	for _, list := range [][]candidate{external, own, pod} {
 		for _, c := range list {
-			out.single[c.addr] = false
+			out.single[c.addr] = 0
 		}
 	}
 	for _, t := range v.rules.Tables {
@@ -274,27 +371,31 @@ func (v *View) namedSources(f netfilter.Family, lists ...[]candidate) *sourceRan
 			continue
 		}
 		for _, c := range t.Chains() {
-			for i := range c.Len() {
-				for _, e := range c.Rule(i) {
-					if e.Kind == netfilter.Source {
-						out.add(c, e)
-					}
-				}
-			}
+			out.count(c, 1)
 		}
 	}
 	return out
 }
 
-func (s *sourceRanges) add(c *netfilter.Chain, e netfilter.Expr) {
-	p, ok := c.CIDR(e)
-	switch {
-	case !ok || p.Bits() == 0:
-	case !p.IsSingleIP():
-		s.wide[p.Masked()] = true
-	default:
-		if named, isCandidate := s.single[p.Addr()]; isCandidate && !named {
-			s.single[p.Addr()] = true
+// count adds what a chain asks of sources, as often as by says.
+func (s *sourceRanges) count(c *netfilter.Chain, by int) {
+	for i := range c.Len() {
+		for _, e := range c.Rule(i) {
+			if e.Kind != netfilter.Source {
+				continue
+			}
+			p, ok := c.CIDR(e)
+			switch {
+			case !ok || p.Bits() == 0:
+			case !p.IsSingleIP():
+				if s.wide[p.Masked()] += by; s.wide[p.Masked()] == 0 {
+					delete(s.wide, p.Masked())
+				}
+			default:
+				if n, isCandidate := s.single[p.Addr()]; isCandidate {
+					s.single[p.Addr()] = n + by
+				}
+			}
 		}
 	}
 }
@@ -303,7 +404,7 @@ func (s *sourceRanges) add(c *netfilter.Chain, e netfilter.Expr) {
 // are, the first.
 func (s *sourceRanges) firstUnnamed(list []candidate) netip.Addr {
 	for _, c := range list {
-		if !s.single[c.addr] && !s.singlesOut(c) {
+		if s.single[c.addr] == 0 && !s.singlesOut(c) {
 			return c.addr
 		}
 	}
