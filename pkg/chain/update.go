@@ -78,7 +78,7 @@ type memory struct {
 type changes struct {
 	chains []map[netfilter.ChainID]chainChange // of each table
 	sets   []map[uint32]setChange
-	// endpoints says that a chain of an endpoint is another, or gone.
+	// endpoints says that a chain of an endpoint has lost its DNAT, or got it back.
 	endpoints bool
 }
 
@@ -105,7 +105,8 @@ func (v *View) changes(last *View) *changes {
 		chains, sets := map[netfilter.ChainID]chainChange{}, map[uint32]setChange{}
 		for _, id := range differ[i] {
 			now, was := t.ByID(id), byID(old, id)
-			if was != nil && strings.HasPrefix(was.Name, "KUBE-SEP-") {
+			// A chain that rules lead to cannot go, nor be new.
+			if was != nil && now != nil && strings.HasPrefix(was.Name, "KUBE-SEP-") && deliversAll(was) != deliversAll(now) {
 				c.endpoints = true
 			}
 			chains[id] = changedKeys(v.index(t, id), last.index(old, id), now, was)
