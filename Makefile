@@ -6,6 +6,8 @@ REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 ARGS     ?= demo
 BENCH    ?= .
 FUZZTIME ?= 60s
+SIZES    ?= 1000x10,10000x10
+ROUNDS   ?= 5
 
 # The time that images bear, in seconds since 1970.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),0)
@@ -59,6 +61,10 @@ lint: ## Check format, modules, vet, linters and which package imports what
 .PHONY: bench
 bench: ## Run the benchmarks (BENCH=regexp picks some)
 	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
+
+.PHONY: bench-scale
+bench-scale: ## Measure large rulesets beside iptables-save and nft (SIZES=1000x10,…, as root)
+	go run ./test/bench -sizes '$(SIZES)' -rounds '$(ROUNDS)'
 
 .PHONY: fuzz
 fuzz: ## Fuzz the parsers, the kernel readers' decoders and the walk (FUZZTIME=60s each)
