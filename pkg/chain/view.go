@@ -262,7 +262,9 @@ func detectPods(pods map[podHint]int) (cidrs []netip.Prefix, interfaces []string
 		}
 	}
 	slices.Sort(interfaces)
-	slices.SortFunc(cidrs, func(a, b netip.Prefix) int { return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits())) })
+	slices.SortFunc(cidrs, func(a, b netip.Prefix) int {
+		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+	})
 	return cidrs, interfaces
 }
 
