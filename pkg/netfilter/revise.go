@@ -82,7 +82,8 @@ func (t *Table) ownIDs() {
 // what is left of it holds too much memory: read it anew then.
 func (t *Table) Worn() bool {
 	const least = 10_000 // rules, of which the memory is no matter
-	return t.replaced > least && t.replaced > least+t.RuleCount() || len(t.names) > least+2*len(t.order)
+	return t.replaced > least && t.replaced > least+t.RuleCount() || len(t.names) > least+2*len(t.order) ||
+		t.goneSets > least+len(t.sets)/2
 }
 
 // Draft makes c an empty chain of that name that is not in the table. It keeps
@@ -111,15 +112,31 @@ func (t *Table) Adopt(draft *Chain) (changed bool) {
 		t.chains[c.ID] = c
 		return true
 	}
-	if !slices.Equal(have.counts, draft.counts) || have.Base != nil && have.Base.Counter != draft.Base.Counter {
-		t.ownChains()
-		c := *have
-		c.Base = draft.Base
-		// Not in the arena: these are replaced often.
-		c.counts = slices.Clone(draft.counts)
-		t.chains[c.ID] = &c
+	var policy Counter
+	if draft.Base != nil {
+		policy = draft.Base.Counter
 	}
+	t.Recount(draft.ID, draft.counts, policy)
 	return false
+}
+
+// Recount takes over what the rules of a chain have counted, one by one, and
+// what met its policy, if it hangs on a hook. The counts stay the caller's.
+func (t *Table) Recount(id ChainID, counts []Counter, policy Counter) {
+	have := t.chains[id]
+	if slices.Equal(have.counts, counts) && (have.Base == nil || have.Base.Counter == policy) {
+		return
+	}
+	t.ownChains()
+	c := *have
+	if c.Base != nil {
+		base := *c.Base
+		base.Counter = policy
+		c.Base = &base
+	}
+	// Not in the arena: these are replaced often.
+	c.counts = slices.Clone(counts)
+	t.chains[id] = &c
 }
 
 // Remove takes chains out of the table. Their names keep their numbers.
@@ -137,11 +154,29 @@ func (t *Table) Remove(ids ...ChainID) {
 	t.order = slices.DeleteFunc(t.order, func(id ChainID) bool { return t.chains[id] == nil })
 }
 
+// Arrange has the chains stand in that order, which names each of them once.
+func (t *Table) Arrange(order []ChainID) {
+	if !slices.Equal(t.order, order) {
+		t.ownChains()
+		t.order = slices.Clone(order)
+	}
+}
+
 // ReplaceSet puts another set in the place of the one with that number.
 func (t *Table) ReplaceSet(n uint32, s *Set) {
 	t.ownSets()
 	t.sets[n] = s
 }
+
+// RemoveSet leaves an anonymous set without elements in the place of one that no
+// rule uses any more. Its number is not given to another: chains with the same
+// version mean the same sets.
+func (t *Table) RemoveSet(n uint32) {
+	t.ReplaceSet(n, noSet)
+	t.goneSets++
+}
+
+var noSet = &Set{}
 
 // Revises reports whether t was made from the other table, or from one that was,
 // with Revise: chains and sets then have the same numbers in both.

@@ -92,6 +92,67 @@ func TestReviseBase(t *testing.T) {
 	}
 }
 
+// TestRecount replaces counters alone.
+func TestRecount(t *testing.T) {
+	var c Chain
+	last := NewTable(IPv4, "nat", BackendLegacy)
+	draft(t, last, &c, "A", 1, "10.0.0.1:80", "10.0.0.2:80")
+	last.Adopt(&c)
+	last.Draft(&c, "INPUT")
+	c.Base = &Base{Hook: Input}
+	last.Adopt(&c)
+	a, input := last.Lookup("A"), last.Lookup("INPUT")
+
+	next := last.Revise()
+	next.Recount(a.ID, []Counter{{Packets: 1}, {Packets: 1}}, Counter{})
+	next.Recount(input.ID, nil, Counter{})
+	if next.Touched() {
+		t.Error("the same counters are others")
+	}
+	counts := []Counter{{Packets: 1}, {Packets: 2}}
+	next.Recount(a.ID, counts, Counter{})
+	next.Recount(input.ID, nil, Counter{Packets: 3})
+	counts[1].Packets = 9 // stays the caller's
+	if n, _ := next.Lookup("A").Counter(1); n.Packets != 2 || next.Lookup("A").Version() != a.Version() || next.Lookup("INPUT").Base.Counter.Packets != 3 {
+		t.Errorf("counted %v, %v in versions %d, %d", n, next.Lookup("INPUT").Base.Counter, a.Version(), next.Lookup("A").Version())
+	}
+	if n, _ := last.Lookup("A").Counter(1); n.Packets != 1 || last.Lookup("INPUT").Base.Counter.Packets != 0 {
+		t.Error("the published counters have changed")
+	}
+}
+
+// TestReviseSets removes a set, and puts chains in another order.
+func TestReviseSets(t *testing.T) {
+	last := NewTable(IPv4, "kube-proxy", BackendNFTables)
+	a, b := last.Declare("A"), last.Declare("B")
+	n := last.AddSet(&Set{Name: "s", Map: true})
+	next := last.Revise()
+	next.Arrange([]ChainID{a.ID, b.ID})
+	if next.Touched() {
+		t.Error("the same order is another")
+	}
+	next.Arrange([]ChainID{b.ID, a.ID})
+	next.RemoveSet(n)
+	if got := fmt.Sprintf("%v %q %t", names(next), next.Set(n).Name, next.AddSet(&Set{}) != n); got != `[B A] "" true` {
+		t.Errorf("next has %s", got)
+	}
+	if got := fmt.Sprintf("%v %q %d", names(last), last.Set(n).Name, len(last.Sets())); got != `[A B] "s" 1` {
+		t.Errorf("the published table became %s", got)
+	}
+	if id, ok := next.Find([]byte("B")); !ok || id != b.ID {
+		t.Error("B is not found")
+	}
+	if _, ok := next.Find([]byte("C")); ok || next.NameCount() != 2 {
+		t.Error("looking for C found it, or gave it a number")
+	}
+	for range 30_000 {
+		next.RemoveSet(next.AddSet(&Set{}))
+	}
+	if !next.Worn() {
+		t.Error("never worn")
+	}
+}
+
 // TestReviseWhileRead looks names up in published tables while later ones get
 // new names, many times over; the race detector judges.
 func TestReviseWhileRead(t *testing.T) {

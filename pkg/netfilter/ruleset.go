@@ -130,6 +130,7 @@ type Table struct {
 	revised  bool   // new names go to newIDs
 	arena    *arena // of the line of tables
 	replaced int    // rules of the line that are there no more
+	goneSets int    // and sets
 }
 
 // NewTable returns an empty table.
@@ -164,13 +165,20 @@ func (t *Table) ID(name string) ChainID {
 // IDOf is ID for a name in a buffer, of which it makes a string only when the
 // name is new.
 func (t *Table) IDOf(name []byte) ChainID {
-	if id, ok := t.newIDs[string(name)]; ok {
-		return id
-	}
-	if id, ok := t.ids[string(name)]; ok {
+	if id, ok := t.Find(name); ok {
 		return id
 	}
 	return t.ID(string(name))
+}
+
+// Find returns the number of the name in a buffer, if it has one already. It
+// changes nothing, so that several goroutines may look at the same time.
+func (t *Table) Find(name []byte) (ChainID, bool) {
+	if id, ok := t.newIDs[string(name)]; ok {
+		return id, true
+	}
+	id, ok := t.ids[string(name)]
+	return id, ok
 }
 
 func (t *Table) lookupID(name string) (ChainID, bool) {
