@@ -404,7 +404,7 @@ func (c *Chain) Rule(i int) []Expr {
 // Counter returns the counter of the i-th rule, and false when the source has
 // no counters.
 func (c *Chain) Counter(i int) (Counter, bool) {
-	if c.counts == nil {
+	if len(c.counts) == 0 {
 		return Counter{}, false
 	}
 	return c.counts[i], true
@@ -577,7 +577,7 @@ func (c *Chain) End(counter *Counter) {
 			c.counts = append(c.counts, Counter{})
 		}
 		c.counts = append(c.counts, *counter)
-	} else if c.counts != nil {
+	} else if len(c.counts) > 0 {
 		c.counts = append(c.counts, Counter{})
 	}
 	c.starts = append(c.starts, c.open)

@@ -35,6 +35,7 @@ const kubeProxyTable = "kube-proxy"
 
 // Attribute types of nf_tables.h. They are part of the kernel's interface.
 const (
+	nftaTableName, nftaTableFlags, nftaTableHandle = 1, 2, 4 // enum nft_table_attributes
 	nftaChainTable, nftaChainName, nftaChainHook   = 1, 3, 4 // enum nft_chain_attributes
 	nftaChainPolicy, nftaChainType                 = 5, 7
 	nftaHookNumber, nftaHookPriority               = 1, 2
@@ -117,20 +118,26 @@ func keyTypesOf(number uint32, size int) []keyType {
 
 func aligned(n int) int { return (n + 3) &^ 3 }
 
-// liveSet is a set or map while its table is read.
+// liveSet is a set or map, as the kernel describes it.
 type liveSet struct {
 	name     string
 	flags    uint32
+	keyType  uint32
 	keySize  int
 	types    []keyType
+	dataType uint32
 	verdicts bool // a map to verdicts
 	dataSize int
+	timeout  time.Duration
 	// broken says that its elements are not understood: nobody may ask it.
 	broken bool
-	set    *netfilter.Set // of a named one
-	number uint32
-	raw    []byte // the elements of an anonymous one: its rule knows what they are
-	bounds []bound
+	number uint32 // in the table, of a named one
+
+	raw []byte // the elements of an anonymous one: its rule knows what they are
+	// numbers, if not 0, says that raw is of the numbers from first on only, and
+	// of each of so many.
+	first, numbers uint32
+	bounds         []bound
 }
 
 // bound is where an interval of an interval set begins or ends.
@@ -140,14 +147,14 @@ type bound struct {
 	element netfilter.SetElement
 }
 
-// wanted reports whether the elements of the set have to be read: before the
-// rules, or behind them, when it has the flags of a set that packets add to but
-// no rule that does. What packets added is nothing for a new client.
-func (s *liveSet) wanted(behindRules bool) bool {
-	if s.flags&setAnonymous != 0 {
-		return !behindRules
-	}
-	return !s.broken && !s.set.Dynamic && behindRules == (s.flags&(setTimeout|setEval) != 0)
+func (s *liveSet) anonymous() bool { return s.flags&setAnonymous != 0 }
+
+// mayBeFilled reports whether a set has the flags of one that packets add to.
+func (s *liveSet) mayBeFilled() bool { return s.flags&(setTimeout|setEval) != 0 }
+
+// withoutElements returns a named set as others see it.
+func (s *liveSet) withoutElements() *netfilter.Set {
+	return &netfilter.Set{Name: s.name, Map: s.flags&(setMap|setObject) != 0, Timeout: s.timeout, Opaque: s.broken}
 }
 
 // liveElement is an element as it comes.
@@ -206,15 +213,19 @@ func userComment(b []byte) []byte {
 	}
 }
 
-// liveDecoder decodes one table. Its memory is reused from rule to rule.
+// liveDecoder decodes rules and elements of one table. Its memory is reused from
+// rule to rule.
 type liveDecoder struct {
 	table   *netfilter.Table
 	sets    map[string]*liveSet
-	order   []*liveSet
-	targets map[string]netfilter.ChainID
 	missing bool // something names what was not there: the table has changed
 
-	chain   *netfilter.Chain
+	chain *netfilter.Chain // that rules are added to
+	// The numbers of the chain's anonymous sets: those that it had before, and
+	// those that it has now. An equal set keeps its number.
+	before, numbers []uint32
+	fills           []string // the sets that its rules add to
+
 	counter *netfilter.Counter
 	done    bool // a verdict has been added: what is behind it never runs
 	values  []liveValue
@@ -224,8 +235,9 @@ type liveDecoder struct {
 	inner   [3][]byte
 }
 
-func newLiveDecoder(t *netfilter.Table) *liveDecoder {
-	return &liveDecoder{table: t, sets: map[string]*liveSet{}, targets: map[string]netfilter.ChainID{}}
+// begin has the rules to come added to a chain.
+func (d *liveDecoder) begin(c *netfilter.Chain, before []uint32) {
+	d.chain, d.before, d.numbers, d.fills, d.missing = c, before, nil, nil, false
 }
 
 func (d *liveDecoder) addrSize() int {
@@ -243,87 +255,63 @@ func (d *liveDecoder) addrOffsets() (source, destination uint32) {
 	return 12, 16
 }
 
-// addChain declares the chain of a message, if it is one of the table.
-func (d *liveDecoder) addChain(b []byte) {
-	var a [nftaChainType + 1][]byte
-	nfnetlink.Collect(b, a[:])
-	name := string(nfnetlink.String(a[nftaChainName]))
-	if string(nfnetlink.String(a[nftaChainTable])) != d.table.Name || name == "" || d.table.Lookup(name) != nil {
-		return // of another table, or twice in a dump that was interrupted
-	}
-	c := d.table.Declare(name)
-	d.targets[c.Name] = c.ID
-	if a[nftaChainHook] == nil {
-		return
+// baseOf reads what ties a chain to its hook; nil for one that only jumps enter.
+func baseOf(hook, kind, policy []byte) *netfilter.Base {
+	if hook == nil {
+		return nil
 	}
 	var h [nftaHookPriority + 1][]byte
-	nfnetlink.Collect(a[nftaChainHook], h[:])
+	nfnetlink.Collect(hook, h[:])
 	number, ok1 := nfnetlink.Uint32(h[nftaHookNumber])
 	priority, ok2 := nfnetlink.Uint32(h[nftaHookPriority])
 	if !ok1 || !ok2 || number > uint32(netfilter.Postrouting) {
-		return // ingress and egress come before any nat
+		return nil // ingress and egress come before any nat
 	}
-	c.Base = &netfilter.Base{Hook: netfilter.Hook(number), Priority: int(int32(priority)), Policy: netfilter.Accept}
-	if string(nfnetlink.String(a[nftaChainType])) == "nat" {
-		c.Base.Type = netfilter.TypeNAT
+	b := &netfilter.Base{Hook: netfilter.Hook(number), Priority: int(int32(priority)), Policy: netfilter.Accept}
+	if string(nfnetlink.String(kind)) == "nat" {
+		b.Type = netfilter.TypeNAT
 	}
-	if p, ok := nfnetlink.Uint32(a[nftaChainPolicy]); ok && int32(p) == verdictDrop {
-		c.Base.Policy = netfilter.Drop
+	if p, ok := nfnetlink.Uint32(policy); ok && int32(p) == verdictDrop {
+		b.Policy = netfilter.Drop
 	}
+	return b
 }
 
-// addSet adds the set or map of a message, without its elements.
-func (d *liveDecoder) addSet(b []byte) {
-	var a [nftaSetTimeout + 1][]byte
-	nfnetlink.Collect(b, a[:])
-	name := string(nfnetlink.String(a[nftaSetName]))
-	if string(nfnetlink.String(a[nftaSetTable])) != d.table.Name || name == "" || d.sets[name] != nil {
-		return
-	}
-	s := &liveSet{name: name}
+// setAttrs are the attributes of a set.
+type setAttrs [nftaSetTimeout + 1][]byte
+
+// newLiveSet reads the set or map of a message.
+func newLiveSet(a *setAttrs) *liveSet {
+	s := &liveSet{name: string(nfnetlink.String(a[nftaSetName]))}
 	flags, ok := nfnetlink.Uint32(a[nftaSetFlags])
 	s.flags, s.broken = flags, a[nftaSetFlags] != nil && !ok
-	keyType, _ := nfnetlink.Uint32(a[nftaSetKeyType])
+	s.keyType, _ = nfnetlink.Uint32(a[nftaSetKeyType])
+	s.dataType, _ = nfnetlink.Uint32(a[nftaSetDataType])
 	keySize, _ := nfnetlink.Uint32(a[nftaSetKeyLen])
-	dataType, _ := nfnetlink.Uint32(a[nftaSetDataType])
 	dataSize, _ := nfnetlink.Uint32(a[nftaSetDataLen])
 	const most = 4 * nfnetlink.Registers
 	s.keySize, s.dataSize = int(min(keySize, most+1)), int(min(dataSize, most+1))
-	s.types = keyTypesOf(keyType, s.keySize)
-	s.verdicts = flags&setMap != 0 && dataType == dataVerdict
-	if flags&setAnonymous == 0 {
-		s.set = &netfilter.Set{Name: name, Map: flags&(setMap|setObject) != 0}
+	s.types = keyTypesOf(s.keyType, s.keySize)
+	s.verdicts = flags&setMap != 0 && s.dataType == dataVerdict
+	if !s.anonymous() {
 		if ms, ok := nfnetlink.Uint64(a[nftaSetTimeout]); ok {
 			// nft's JSON has seconds.
-			s.set.Timeout = time.Duration(min(ms/1000, math.MaxInt32)) * time.Second
+			s.timeout = time.Duration(min(ms/1000, math.MaxInt32)) * time.Second
 		}
-		if s.broken || s.types == nil || s.set.Map && !s.verdicts {
-			s.fail()
-		}
-		s.number = d.table.AddSet(s.set)
+		s.broken = s.broken || s.types == nil || flags&(setMap|setObject) != 0 && !s.verdicts
 	}
-	d.sets[name] = s
-	d.order = append(d.order, s)
+	return s
 }
 
-// fail gives up the elements of a set.
-func (s *liveSet) fail() {
-	s.broken = true
-	if s.set != nil {
-		s.set.Opaque = true
+// fill adds the elements of a list to a set without any. It returns false when it
+// does not understand all of them.
+func (d *liveDecoder) fill(out *netfilter.Set, s *liveSet, list []byte) bool {
+	s.bounds = nil
+	if !eachElement(list, func(e *liveElement) bool { return d.addElement(s, out, e) }) || !s.closeIntervals(out) {
+		return false
 	}
-}
-
-// addElements adds a list of elements to a set.
-func (d *liveDecoder) addElements(s *liveSet, list []byte) {
-	switch {
-	case s.flags&setAnonymous != 0:
-		s.raw = append(s.raw, list...)
-	case !s.broken:
-		if !eachElement(list, func(e *liveElement) bool { return d.addElement(s, s.set, e) }) {
-			s.fail()
-		}
-	}
+	sortKeys(out)
+	return true
 }
 
 // addElement adds one element of a set to out.
@@ -355,18 +343,6 @@ func (d *liveDecoder) addElement(s *liveSet, out *netfilter.Set, e *liveElement)
 	}
 	s.bounds = append(s.bounds, bound{k.Addr, e.flags&elemIntervalEnd != 0, element})
 	return true
-}
-
-// finishSet completes a named set when all its elements are there.
-func (d *liveDecoder) finishSet(s *liveSet) {
-	if s.set == nil || s.broken {
-		return
-	}
-	if !s.closeIntervals(s.set) {
-		s.fail()
-		return
-	}
-	sortKeys(s.set)
 }
 
 // sortKeys brings the keys of a set in the order of nft, as far as it matters:
@@ -469,30 +445,16 @@ func (d *liveDecoder) verdictOf(data []byte) (e netfilter.Expr, ok bool) {
 	if len(name) == 0 {
 		return e, false
 	}
-	id, ok := d.targets[string(name)]
-	if !ok {
-		d.missing = true
-		id = d.table.ID(string(name))
-		d.targets[string(name)] = id
-	}
+	id := d.table.IDOf(name)
+	d.missing = d.missing || d.table.ByID(id) == nil
 	e.A = uint32(id)
 	return e, true
 }
 
-// addRule adds the rule of a message to its chain.
+// addRule adds the rule of a message to the chain.
 func (d *liveDecoder) addRule(b []byte) {
 	var a [nftaRuleUserData + 1][]byte
 	nfnetlink.Collect(b, a[:]) // newer kernels may say more
-	if string(nfnetlink.String(a[nftaRuleTable])) != d.table.Name {
-		return // a kernel that does not filter
-	}
-	name := nfnetlink.String(a[nftaRuleChain])
-	if d.chain == nil || d.chain.Name != string(name) {
-		if d.chain = d.table.Lookup(string(name)); d.chain == nil {
-			d.missing = true // a chain that was not there when the chains were read
-			return
-		}
-	}
 	d.rule(a[nftaRuleExpressions], userComment(a[nftaRuleUserData]))
 }
 
@@ -1245,7 +1207,7 @@ func (d *liveDecoder) lookup(b []byte) bool {
 			return d.choice(s, v, to)
 		}
 		fields, known = d.fieldsAt(first, s.types)
-		known = known && (!s.broken || s.set != nil) // a named one is Opaque then
+		known = known && (!s.broken || !s.anonymous()) // a named one is Opaque then
 	}
 	const inverted = 1 // NFT_LOOKUP_F_INV
 	e := netfilter.Expr{Kind: netfilter.InSet, N: uint16(fields)}
@@ -1278,17 +1240,19 @@ func (d *liveDecoder) lookup(b []byte) bool {
 // numberOf returns the number of a set in the table. An anonymous one gets it
 // now, with its elements in the order of nft.
 func (d *liveDecoder) numberOf(s *liveSet) (uint32, bool) {
-	if s.set != nil {
+	if !s.anonymous() {
 		return s.number, true
 	}
 	out := &netfilter.Set{Map: s.flags&setMap != 0}
-	s.bounds = nil
-	if s.flags&(setTimeout|setEval|setObject) != 0 || out.Map && !s.verdicts ||
-		!eachElement(s.raw, func(e *liveElement) bool { return d.addElement(s, out, e) }) || !s.closeIntervals(out) {
+	if s.numbers != 0 || s.flags&(setTimeout|setEval|setObject) != 0 || out.Map && !s.verdicts || !d.fill(out, s, s.raw) {
 		return 0, false
 	}
-	sortKeys(out)
-	return d.table.AddSet(out), true
+	if i := len(d.numbers); i < len(d.before) && d.table.Set(d.before[i]).Equal(out) {
+		d.numbers = append(d.numbers, d.before[i])
+	} else {
+		d.numbers = append(d.numbers, d.table.AddSet(out))
+	}
+	return d.numbers[len(d.numbers)-1], true
 }
 
 // choice reads a lookup of a random number.
@@ -1312,8 +1276,11 @@ func (d *liveDecoder) choose(s *liveSet, mod, offset uint32, read func(*liveElem
 		verdict netfilter.Expr
 	}
 	var ways []way
+	if s.numbers != 0 && (s.numbers != mod || s.first != offset) {
+		return false
+	}
 	// A named map may be changed by others, and its elements are not kept.
-	if s.flags&setAnonymous == 0 || s.flags&(setInterval|setTimeout|setEval|setObject) != 0 || s.keySize != 4 || mod == 0 {
+	if !s.anonymous() || s.flags&(setInterval|setTimeout|setEval|setObject) != 0 || s.keySize != 4 || mod == 0 {
 		return false
 	}
 	ok := eachElement(s.raw, func(e *liveElement) bool {
@@ -1378,8 +1345,8 @@ func (d *liveDecoder) dynset(b []byte) bool {
 	if s := d.sets[string(name)]; s != nil {
 		fields, known = d.fieldsAt(first, s.types)
 		const deletes = 2 // NFT_DYNSET_OP_DELETE
-		if s.set != nil && kind != deletes {
-			s.set.Dynamic = true
+		if !s.anonymous() && kind != deletes {
+			d.fills = append(d.fills, s.name)
 		}
 	} else {
 		d.missing = true

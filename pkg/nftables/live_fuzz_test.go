@@ -2,6 +2,9 @@ package nftables
 
 import (
 	"encoding/binary"
+	"fmt"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/natlens/natlens/pkg/internal/nfnetlink"
@@ -43,30 +46,32 @@ func elements(n int, data func(i int) []byte) (list []byte) {
 	return list
 }
 
-// decodeAll decodes a table of one chain, two sets and one rule.
-func decodeAll(f netfilter.Family, set, named, expressions, userData []byte) *liveDecoder {
-	d := newLiveDecoder(netfilter.NewTable(f, kubeProxyTable, netfilter.BackendNFTables))
+// decodeAll decodes a table of two chains, some sets and one rule, in a step.
+func decodeAll(t *liveTable, set, named, expressions, userData []byte) *netfilter.Table {
+	f := t.last.Family
+	t.renew()
+	t.begin()
 	table := attrText(nftaChainTable, kubeProxyTable)
 	for _, name := range []string{"c", "d"} {
-		d.addChain(append(append([]byte{}, table...), attrText(nftaChainName, name)...))
+		t.addChain(append(append([]byte{}, table...), attrText(nftaChainName, name)...))
 	}
 	addr := uint32(typeIPv4)
 	size := uint32(4)
 	if f == netfilter.IPv6 {
 		addr, size = uint32(typeIPv6), 16
 	}
+	anonymous := map[string]*liveSet{}
 	for _, s := range []struct {
 		name              string
 		flags, key, n     uint32
 		dataType, dataLen uint32
-		elements          []byte
 	}{
-		{"ips", setInterval, addr, size, 0, 0, named},
-		{"clients", setTimeout | setEval, addr, size, 0, 0, nil},
-		{"m", setMap, addr<<12 | uint32(typeProtocol)<<6 | uint32(typePort), size + 8, dataVerdict, 16, named},
-		{"__map0", setAnonymous | setMap, 4, 4, addr<<6 | uint32(typePort), size + 4, set},
-		{"__map1", setAnonymous | setMap, 4, 4, dataVerdict, 16, set},
-		{"__set0", setAnonymous | setInterval, addr, size, 0, 0, set},
+		{"ips", setInterval, addr, size, 0, 0},
+		{"clients", setTimeout | setEval, addr, size, 0, 0},
+		{"m", setMap, addr<<12 | uint32(typeProtocol)<<6 | uint32(typePort), size + 8, dataVerdict, 16},
+		{"__map0", setAnonymous | setMap, 4, 4, addr<<6 | uint32(typePort), size + 4},
+		{"__map1", setAnonymous | setMap, 4, 4, dataVerdict, 16},
+		{"__set0", setAnonymous | setInterval, addr, size, 0, 0},
 	} {
 		var b []byte
 		for _, a := range [][]byte{
@@ -75,17 +80,46 @@ func decodeAll(f netfilter.Family, set, named, expressions, userData []byte) *li
 		} {
 			b = append(b, a...)
 		}
-		d.addSet(b)
-		if ls := d.sets[s.name]; ls.wanted(false) {
-			d.addElements(ls, s.elements)
-			d.finishSet(ls)
+		t.addSet(b)
+		if s.flags&setAnonymous != 0 {
+			var a setAttrs
+			nfnetlink.Collect(b, a[:])
+			anonymous[s.name] = newLiveSet(&a)
+			anonymous[s.name].raw = set
+		}
+	}
+	read := func(k *known) {
+		t.beginElements(k)
+		t.addElements(named)
+		t.endElements(k)
+	}
+	for _, k := range t.listed {
+		if !k.mayBeFilled() && !k.broken {
+			read(k)
 		}
 	}
 	rule := append(append([]byte{}, table...), attrText(nftaRuleChain, "c")...)
 	rule = append(rule, attr(nftaRuleExpressions, expressions)...)
-	d.addRule(append(rule, attr(nftaRuleUserData, userData)...))
-	d.table.Compact()
-	return d
+	t.addRule(append(rule, attr(nftaRuleUserData, userData)...))
+	t.endRules()
+	t.declare()
+	for _, w := range t.wantedSets() {
+		if w.set = anonymous[w.name]; w.set != nil {
+			w.countable()
+			t.decode.sets[w.name] = w.set
+		}
+	}
+	t.decodeRules()
+	t.decodeOthers()
+	filled := t.filled()
+	for _, k := range t.listed {
+		if k.mayBeFilled() && !filled[k.name] {
+			read(k)
+		}
+	}
+	t.decodeSets(filled)
+	t.end()
+	return t.last
 }
 
 // fuzzRules are expressions as nft writes them.
@@ -129,12 +163,56 @@ func dnatData(int) []byte { return attr(nftaDataValue, []byte{10, 0, 0, 1, 0, 80
 
 func TestLiveDecode(t *testing.T) {
 	for want, b := range fuzzRules() {
-		d := decodeAll(netfilter.IPv4, elements(3, dnatData), nil, b, []byte("\x00\x03no\x00"))
-		got := RuleText(d.table, d.table.Lookup("c"), 0)
+		table := decodeAll(newLiveTable(netfilter.IPv4, 0), elements(3, dnatData), nil, b, []byte("\x00\x03no\x00"))
+		got := RuleText(table, table.Lookup("c"), 0)
 		if want := "c: " + want + ` comment "no"`; got != want {
 			t.Errorf(" got %s\nwant %s", got, want)
 		}
 	}
+}
+
+// normal is a table as text, without numbers of sets and chains.
+func normal(t *netfilter.Table) string {
+	var out []string
+	for _, s := range t.Sets() {
+		if s.Name == "" {
+			continue // in the text of its rule
+		}
+		lines := []string{fmt.Sprintf("set %s map %v dynamic %v opaque %v timeout %v", s.Name, s.Map, s.Dynamic, s.Opaque, s.Timeout)}
+		for _, k := range s.Keys {
+			e, _ := s.Lookup(k)
+			target := ""
+			if e.Verdict.Kind == netfilter.Jump || e.Verdict.Kind == netfilter.Goto {
+				target = t.ChainName(netfilter.ChainID(e.Verdict.A))
+				e.Verdict.A = 0
+			}
+			lines = append(lines, fmt.Sprint(k, e, target))
+		}
+		slices.Sort(lines[1:])
+		out = append(out, strings.Join(append(lines, fmt.Sprint(s.Ranges)), "\n"))
+	}
+	slices.Sort(out)
+	for _, c := range t.Chains() {
+		out = append(out, "chain "+c.Name)
+		if c.Base != nil {
+			out = append(out, fmt.Sprintf("%+v", *c.Base))
+		}
+		for i := range c.Len() {
+			var kinds []string
+			for _, e := range c.Rule(i) {
+				kinds = append(kinds, fmt.Sprint(e.Kind, e.Flags, e.N))
+				if e.Kind == netfilter.Choose {
+					p := printer{table: t, chain: c}
+					for _, choice := range c.Choices(e) {
+						kinds = append(kinds, fmt.Sprint(choice.Count, p.verdict(choice.Verdict)))
+					}
+				}
+			}
+			n, counted := c.Counter(i)
+			out = append(out, fmt.Sprint(RuleText(t, c, i), " | ", kinds, n, counted))
+		}
+	}
+	return strings.Join(out, "\n")
 }
 
 // FuzzLiveDecode wants the decoder to hold whatever a message says.
@@ -151,8 +229,17 @@ func FuzzLiveDecode(f *testing.F) {
 		if ipv6 {
 			family = netfilter.IPv6
 		}
-		d := decodeAll(family, set, named, expressions, userData)
-		table := d.table
+		// A step upon the last one must make the table that a first step makes.
+		lt := newLiveTable(family, 0)
+		decodeAll(lt, elements(2, dnatData), set, fuzzRules()[`{"undecoded": "new"}`], nil)
+		table := decodeAll(lt, set, named, expressions, userData)
+		if again := decodeAll(lt, set, named, expressions, userData); again != table && !lt.changed {
+			t.Error("the same messages made another table")
+		}
+		table = lt.last
+		if fresh := decodeAll(newLiveTable(family, 0), set, named, expressions, userData); normal(table) != normal(fresh) {
+			t.Errorf("in a second step:\n%s\nin a first one:\n%s", normal(table), normal(fresh))
+		}
 		table.Digest()
 		c := table.Lookup("c")
 		if c.Len() != 1 {

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -81,6 +82,20 @@ func readLive(t testing.TB, b *nodebox.Box) *netfilter.Ruleset {
 	var rs *netfilter.Ruleset
 	err := b.Node.Do(func() (err error) {
 		rs, err = new(Live).Read(context.Background())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rs
+}
+
+// refreshLive reads what can have changed.
+func refreshLive(t testing.TB, b *nodebox.Box, l *Live) *netfilter.Ruleset {
+	t.Helper()
+	var rs *netfilter.Ruleset
+	err := b.Node.Do(func() (err error) {
+		rs, err = l.Refresh(context.Background())
 		return err
 	})
 	if err != nil {
@@ -777,10 +792,15 @@ func TestLiveTorn(t *testing.T) {
 	}
 }
 
-// BenchmarkReadLive compares both ways to read a table of a thousand Services.
+// BenchmarkReadLive compares the ways to read a table of a thousand Services, or
+// of NATLENS_BENCH_SERVICES.
 func BenchmarkReadLive(b *testing.B) {
+	services := 1000
+	if n, err := strconv.Atoi(os.Getenv("NATLENS_BENCH_SERVICES")); err == nil {
+		services = n
+	}
 	box := newNode(b)
-	load(b, box, layout37(1000, 10, "ns"))
+	load(b, box, layout37(services, 10, "ns"))
 	b.Run("netlink", func(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {
@@ -790,13 +810,31 @@ func BenchmarkReadLive(b *testing.B) {
 	b.Run("nft", func(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {
-			text, err := nft(box, "", "-nn", "-j", "list", "table", "ip", kubeProxyTable)
-			if err != nil {
+			if _, err := nft(box, "", "list", "table", "ip", kubeProxyTable); err != nil {
 				b.Fatal(err)
 			}
-			if _, err := Parse(strings.NewReader(text), "nft"); err != nil {
+		}
+	})
+	var l Live
+	defer l.Close()
+	refreshLive(b, box, &l)
+	b.Run("refresh-unchanged", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			refreshLive(b, box, &l)
+		}
+	})
+	b.Run("refresh-changed", func(b *testing.B) {
+		b.ReportAllocs()
+		n := 0
+		for b.Loop() {
+			b.StopTimer()
+			n++
+			if _, err := nft(box, fmt.Sprintf("flush chain ip kube-proxy service-00000007-ns/svc7/tcp/p80\nadd rule ip kube-proxy service-00000007-ns/svc7/tcp/p80 meta l4proto tcp dnat ip to 10.9.9.%d:80\n", n%250), "-f", "-"); err != nil {
 				b.Fatal(err)
 			}
+			b.StartTimer()
+			refreshLive(b, box, &l)
 		}
 	})
 }

@@ -151,6 +151,51 @@ func (c *Conn) Get(kind int, family uint8, attrs []byte) ([]byte, error) {
 	}
 }
 
+// MostAtOnce is how many objects GetMany asks for at most: a socket's buffer holds
+// a page for each of the answers, and the kernel drops what does not fit.
+const MostAtOnce = 32
+
+// GetMany asks nf_tables for several objects with one message, such as elements
+// of a set, and calls each with the attributes of every one of the n answers;
+// they are valid during the call only. The kernel ends with the first object
+// that is not there, of which the error is returned.
+func (c *Conn) GetMany(kind int, family uint8, attrs []byte, n int, each func(attrs []byte)) error {
+	if n > MostAtOnce {
+		return fmt.Errorf("netlink: asking for %d objects at once", n)
+	}
+	if err := c.send(kind, family, 0, attrs); err != nil {
+		return err
+	}
+	for n > 0 {
+		part, err := c.receive()
+		if err != nil {
+			return err
+		}
+		for len(part) > 0 && n > 0 {
+			var m message
+			if m, part, err = cutMessage(part); err != nil {
+				return err
+			}
+			if m.seq != c.seq {
+				continue
+			}
+			if m.typ == unix.NLMSG_ERROR {
+				if err := m.errno(); err != nil {
+					return err
+				}
+				return errors.New("netlink: an acknowledgement where an object was asked for")
+			}
+			attrs, err := m.attrs()
+			if err != nil {
+				return err
+			}
+			each(attrs)
+			n--
+		}
+	}
+	return nil
+}
+
 // Generation returns the number of the namespace's ruleset, which every
 // transaction on any of its tables increases. It takes some three microseconds.
 func (c *Conn) Generation() (uint32, error) {
