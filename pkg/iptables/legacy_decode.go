@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -76,6 +77,13 @@ type legacyLayout struct {
 
 	// Bits of flags.
 	fragment, goTo, hasProtocol byte
+}
+
+func legacyLayoutOf(f netfilter.Family) *legacyLayout {
+	if f == netfilter.IPv6 {
+		return &legacyLayout6
+	}
+	return &legacyLayout4
 }
 
 // struct ipt_entry, and the flags of struct ipt_ip.
@@ -146,6 +154,7 @@ type legacyEntry struct {
 // legacyChain is where a chain lies: its rules begin at start; the entry at
 // last is its policy, or the RETURN at its end.
 type legacyChain struct {
+	id          netfilter.ChainID
 	name        string
 	start, last int
 	hook        int // -1 for a chain of the user
@@ -156,63 +165,148 @@ type legacyDecoder struct {
 	lay    *legacyLayout
 	result *netfilter.Table
 	chains []legacyChain
-	chain  *netfilter.Chain // that the rules at hand go to
-	xt     xtDecoder        // of their matches and targets
-	text   []byte           // reused
+	// users finds the chain of the user that begins at an offset, by that divided
+	// by slotSize: the chain's ID plus 1, times slotSize, plus what is left of the
+	// offset. Jumps are many, and the chains are far apart in memory.
+	users []uint32
+	chain *netfilter.Chain // that the rules at hand go to
+	xt    xtDecoder        // of their matches and targets
+	text  []byte           // reused
 }
 
-// decodeLegacy returns the table that a block holds. It trusts nothing in it:
-// what does not fit together is an error that names the offset. In the field
-// comefrom of the entries, by which the kernel tells nobody anything, it leaves
-// notes of its own.
-func decodeLegacy(b legacyBlob) (*netfilter.Table, error) {
-	d := legacyDecoder{legacyBlob: b, lay: &legacyLayout4, xt: xtDecoder{family: b.family}}
-	if b.family == netfilter.IPv6 {
-		d.lay = &legacyLayout6
+// slotSize is less than the shortest entry has.
+const slotSize = 128
+
+// legacyDecoded is what decodeLegacy tells besides the rules.
+type legacyDecoded struct {
+	chains []legacyChain
+	sets   map[uint16]string // the IP sets that the rules know by number, and their names
+}
+
+// decodeLegacy puts the rules that a block holds into a table, in the place of
+// those that it has. It trusts nothing in the block: what does not fit together
+// is an error that names the offset.
+//
+// The chains expected are those of the last time, in their order.
+func decodeLegacy(b legacyBlob, into *netfilter.Table, expected []netfilter.ChainID) (*legacyDecoded, error) {
+	out := &legacyDecoded{sets: map[uint16]string{}}
+	var mu sync.Mutex // guards the table, out, and setName
+	if ask := b.setName; ask != nil {
+		b.setName = func(id uint16) (string, bool) {
+			mu.Lock()
+			defer mu.Unlock()
+			name, ok := ask(id)
+			out.sets[id] = name
+			return name, ok
+		}
 	}
+	d := legacyDecoder{legacyBlob: b, lay: legacyLayoutOf(b.family), result: into}
 	if builtin[b.table] == nil {
 		return nil, fmt.Errorf("unknown legacy table %q of %v", b.table, b.family)
 	}
-	d.result = netfilter.NewTable(b.family, b.table, netfilter.BackendLegacy)
-	if err := d.findChains(); err != nil {
+	if err := d.findChains(expected); err != nil {
 		return nil, err
 	}
-	if err := d.declareChains(); err != nil {
+	bases, err := d.checkChains()
+	if err != nil {
 		return nil, err
 	}
-	for i := range d.chains {
-		c := &d.chains[i]
-		d.chain = d.result.ByID(netfilter.ChainID(i)) // declared in this order
-		d.xt.chain = d.chain
-		for at := c.start; at < c.last; {
-			e, err := d.at(at)
-			if err != nil {
-				return nil, err
+	// Two workers take as many chains each.
+	const many = 1000 // chains, for which a second worker is worth its start
+	parts := [][]legacyChain{d.chains}
+	if n := len(d.chains); n >= many {
+		parts = [][]legacyChain{d.chains[:n/2], d.chains[n/2:]}
+	}
+	errs := make([]error, len(parts))
+	var workers sync.WaitGroup
+	for i, part := range parts {
+		workers.Go(func() {
+			w := d
+			w.chain = &netfilter.Chain{}
+			w.xt = xtDecoder{family: b.family, chain: w.chain}
+			for _, c := range part {
+				if errs[i] = w.rules(&c, bases); errs[i] != nil {
+					return
+				}
+				mu.Lock()
+				into.Adopt(w.chain)
+				mu.Unlock()
 			}
-			if err := d.rule(&e); err != nil {
-				return nil, err
-			}
-			at = e.next
+		})
+	}
+	workers.Wait()
+	for _, err := range errs {
+		if err != nil {
+			return nil, err // that of the lower offset
 		}
 	}
-	d.result.Compact()
-	return d.result, nil
+	out.chains = d.chains
+	d.keepOnly()
+	return out, nil
+}
+
+// rules decodes the rules of a chain into d.chain.
+func (d *legacyDecoder) rules(c *legacyChain, bases [5]*netfilter.Base) error {
+	d.result.DraftByID(d.chain, c.id)
+	if c.hook >= 0 {
+		d.chain.Base = bases[c.hook]
+	}
+	for at := c.start; at < c.last; {
+		e, err := d.at(at)
+		if err != nil {
+			return err
+		}
+		if err := d.rule(&e); err != nil {
+			return err
+		}
+		at = e.next
+	}
+	return nil
+}
+
+// keepOnly removes the chains that are not in the block, and puts the others in
+// order.
+func (d *legacyDecoder) keepOnly() {
+	there := make([]bool, d.result.NameCount())
+	order := make([]netfilter.ChainID, len(d.chains))
+	for i, c := range d.chains {
+		there[c.id], order[i] = true, c.id
+	}
+	var gone []netfilter.ChainID
+	for i := range there {
+		if id := netfilter.ChainID(i); !there[i] && d.result.ByID(id) != nil {
+			gone = append(gone, id)
+		}
+	}
+	d.result.Remove(gone...)
+	d.result.Arrange(order)
 }
 
 func (d *legacyDecoder) corrupt(offset int, format string, args ...any) error {
 	return fmt.Errorf("legacy table %q of %v, offset %d of %d: %s", d.table, d.family, offset, len(d.entries), fmt.Sprintf(format, args...))
 }
 
-// at returns the entry at an offset.
-func (d *legacyDecoder) at(offset int) (e legacyEntry, err error) {
+// span returns where the entry at an offset has its target, and where the next
+// entry begins, both counted from the offset.
+func (d *legacyDecoder) span(offset int) (target, next int, err error) {
 	rest := d.entries[offset:]
 	if len(rest) < d.lay.size {
-		return e, d.corrupt(offset, "%d bytes are no entry", len(rest))
+		return 0, 0, d.corrupt(offset, "%d bytes are no entry", len(rest))
 	}
-	target, next := int(xt16(rest, d.lay.target)), int(xt16(rest, d.lay.next))
+	target, next = int(xt16(rest, d.lay.target)), int(xt16(rest, d.lay.next))
 	if next > len(rest) || target < d.lay.size || target+legacyExtensionSize > next {
-		return e, d.corrupt(offset, "an entry of %d bytes with its target at %d", next, target)
+		return 0, 0, d.corrupt(offset, "an entry of %d bytes with its target at %d", next, target)
 	}
+	return target, next, nil
+}
+
+// at returns the entry at an offset.
+func (d *legacyDecoder) at(offset int) (e legacyEntry, err error) {
+	target, next, err := d.span(offset)
+	if err != nil {
+		return e, err
+	}
+	rest := d.entries[offset:]
 	size := int(xt16(rest, target))
 	if size < legacyExtensionSize || target+size > next {
 		return e, d.corrupt(offset, "a target of %d bytes at %d in an entry of %d", size, target, next)
@@ -236,8 +330,22 @@ func (e *legacyEntry) standard() (verdict int, ok bool) {
 	return int(int32(xt32(e.target.data, 0))), true
 }
 
+// nextID returns the number of a chain's name, mostly without looking for it: the
+// chains stand in the order of the last time, but for a few.
+func (d *legacyDecoder) nextID(name []byte, expected *[]netfilter.ChainID) netfilter.ChainID {
+	const few = 4
+	for i, id := range (*expected)[:min(few, len(*expected))] {
+		if d.result.ChainName(id) == string(name) {
+			*expected = (*expected)[i+1:]
+			return id
+		}
+	}
+	return d.result.IDOf(name)
+}
+
 // findChains walks all entries, and finds where the chains lie.
-func (d *legacyDecoder) findChains() error {
+func (d *legacyDecoder) findChains(expected []netfilter.ChainID) error {
+	d.chains = make([]legacyChain, 0, len(expected)+len(expected)/8)
 	type start struct{ offset, hook int }
 	var hooks []start
 	for h := range len(d.entry) {
@@ -250,12 +358,13 @@ func (d *legacyDecoder) findChains() error {
 	last := -1
 	count := uint32(0)
 	for at := 0; at < len(d.entries); count++ {
-		e, err := d.at(at)
+		target, size, err := d.span(at)
 		if err != nil {
 			return err
 		}
+		next := at + size
 		isHook := len(hooks) > 0 && hooks[0].offset == at
-		isError := string(e.target.name) == legacyErrorTarget
+		isError := string(d.entries[at+target+legacyNameAt:][:len(legacyErrorTarget)+1]) == legacyErrorTarget+"\x00"
 		if open && (isHook || isError) {
 			c := &d.chains[len(d.chains)-1]
 			if c.last = last; last < c.start {
@@ -267,17 +376,23 @@ func (d *legacyDecoder) findChains() error {
 		case isHook && isError:
 			return d.corrupt(at, "a hook enters an ERROR target")
 		case isHook:
-			d.chains = append(d.chains, legacyChain{name: netfilter.Hook(hooks[0].hook).String(), start: at, hook: hooks[0].hook})
+			name := netfilter.Hook(hooks[0].hook).String()
+			d.chains = append(d.chains, legacyChain{id: d.nextID([]byte(name), &expected), name: name, start: at, hook: hooks[0].hook})
 			hooks, open = hooks[1:], true
-		case isError && e.next == len(d.entries):
+		case isError && next == len(d.entries):
 			ended = true
 		case isError:
-			d.chains = append(d.chains, legacyChain{name: string(xtString(e.target.data)), start: e.next, hook: -1})
+			e, err := d.at(at)
+			if err != nil {
+				return err
+			}
+			id := d.nextID(xtString(e.target.data), &expected)
+			d.chains = append(d.chains, legacyChain{id: id, name: d.result.ChainName(id), start: next, hook: -1})
 			open = true
 		case !open:
 			return d.corrupt(at, "an entry outside of the chains")
 		}
-		last, at = at, e.next
+		last, at = at, next
 	}
 	switch {
 	case !ended:
@@ -290,10 +405,10 @@ func (d *legacyDecoder) findChains() error {
 	return nil
 }
 
-// declareChains declares the chains in the order in which iptables-save prints
-// them: the built-in ones, then the user's by name. They mostly stand like
-// that, since iptables itself writes them so.
-func (d *legacyDecoder) declareChains() error {
+// checkChains brings the chains in the order in which iptables-save prints them:
+// the built-in ones, then the user's by name. They mostly stand like that, since
+// iptables itself writes them so. It returns what ties those to their hooks.
+func (d *legacyDecoder) checkChains() (bases [5]*netfilter.Base, err error) {
 	order := func(a, b legacyChain) int {
 		switch {
 		case a.hook < 0 && b.hook < 0:
@@ -308,30 +423,31 @@ func (d *legacyDecoder) declareChains() error {
 	if !slices.IsSortedFunc(d.chains, order) {
 		slices.SortStableFunc(d.chains, order)
 	}
-	for i, c := range d.chains {
-		if c.name == "" || d.result.Lookup(c.name) != nil {
-			return d.corrupt(c.start, "a second chain %q, or one without a name", c.name)
+	d.users = make([]uint32, len(d.entries)/slotSize+1)
+	seen := make([]bool, d.result.NameCount())
+	for _, c := range d.chains {
+		if c.name == "" || seen[c.id] {
+			return bases, d.corrupt(c.start, "a second chain %q, or one without a name", c.name)
 		}
+		seen[c.id] = true
 		e, err := d.at(c.last)
 		if err != nil {
-			return err
+			return bases, err
 		}
 		verdict, ok := e.standard()
 		if len(e.matches) > 0 {
 			ok = false
 		}
-		chain := d.result.Declare(c.name)
 		if c.hook < 0 {
 			if !ok || verdict != legacyReturn {
-				return d.corrupt(c.last, "chain %q does not end with RETURN", c.name)
+				return bases, d.corrupt(c.last, "chain %q does not end with RETURN", c.name)
 			}
-		} else if chain.Base, err = d.base(c, &e, verdict, ok); err != nil {
-			return err
+			d.users[c.start/slotSize] = uint32(c.id+1)*slotSize + uint32(c.start%slotSize)
+		} else if bases[c.hook], err = d.base(c, &e, verdict, ok); err != nil {
+			return bases, err
 		}
-		// For the jumps, which know their chain by the offset.
-		binary.NativeEndian.PutUint32(d.entries[c.start+d.lay.comeFrom:], uint32(i))
 	}
-	return nil
+	return bases, nil
 }
 
 // base returns what ties a chain to its hook; e is its policy.
@@ -351,14 +467,14 @@ func (d *legacyDecoder) base(c legacyChain, e *legacyEntry, verdict int, ok bool
 	default:
 		return nil, d.corrupt(c.last, "the policy of chain %q is neither ACCEPT nor DROP", c.name)
 	}
-	base.Counter = d.counter(e)
+	base.Counter = d.lay.counter(e.head)
 	return &base, nil
 }
 
-func (d *legacyDecoder) counter(e *legacyEntry) netfilter.Counter {
+func (l *legacyLayout) counter(entry []byte) netfilter.Counter {
 	return netfilter.Counter{
-		Packets: binary.NativeEndian.Uint64(e.head[d.lay.packets:]),
-		Bytes:   binary.NativeEndian.Uint64(e.head[d.lay.bytes:]),
+		Packets: binary.NativeEndian.Uint64(entry[l.packets:]),
+		Bytes:   binary.NativeEndian.Uint64(entry[l.bytes:]),
 	}
 }
 
@@ -385,7 +501,7 @@ func (d *legacyDecoder) rule(e *legacyEntry) error {
 	if err := d.target(e); err != nil {
 		return err
 	}
-	counter := d.counter(e)
+	counter := d.lay.counter(e.head)
 	d.chain.End(&counter)
 	return nil
 }
@@ -511,17 +627,17 @@ func (d *legacyDecoder) target(e *legacyEntry) error {
 		d.chain.Add(netfilter.Expr{Kind: kind})
 		return nil
 	}
-	if verdict > len(d.entries)-d.lay.size {
+	if verdict >= len(d.entries) {
 		return d.corrupt(e.offset, "a jump to %d, which is outside of the table", verdict)
 	}
-	id := xt32(d.entries[verdict:], d.lay.comeFrom)
-	if uint64(id) >= uint64(len(d.chains)) || d.chains[id].start != verdict || d.chains[id].hook >= 0 {
+	chain := d.users[verdict/slotSize]
+	if chain < slotSize || chain%slotSize != uint32(verdict%slotSize) {
 		return d.corrupt(e.offset, "a jump to %d, where no chain begins", verdict)
 	}
 	if e.head[d.lay.flags]&d.lay.goTo != 0 {
 		kind = netfilter.Goto
 	}
-	d.chain.Add(netfilter.Expr{Kind: kind, A: id})
+	d.chain.Add(netfilter.Expr{Kind: kind, A: chain/slotSize - 1})
 	return nil
 }
 

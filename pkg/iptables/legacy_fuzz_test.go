@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -104,10 +105,20 @@ func decode(f netfilter.Family, blob []byte) (*netfilter.Table, error) {
 	if len(blob) < sizeofGetInfo {
 		return nil, errors.New("too short")
 	}
-	return decodeLegacy(legacyBlob{
+	b := blobOf(f, blob)
+	table := netfilter.NewTable(f, b.table, netfilter.BackendLegacy)
+	if _, err := decodeLegacy(b, table, nil); err != nil {
+		return nil, err
+	}
+	return table, nil
+}
+
+// blobOf reads struct ipt_getinfo and the entries behind it.
+func blobOf(f netfilter.Family, blob []byte) legacyBlob {
+	return legacyBlob{
 		family: f, table: string(xtString(blob[:32])), legacyInfo: newLegacyInfo(blob),
 		entries: slices.Clone(blob[sizeofGetInfo:]),
-	})
+	}
 }
 
 // A blob is decoded to the model that Parse makes of the program's output.
@@ -492,6 +503,7 @@ func FuzzLegacyDecode(f *testing.F) {
 		if most := 16*len(blob) + 4096; len(text) > most {
 			t.Errorf("%d bytes printed of %d", len(text), len(blob))
 		}
+		refuzz(t, family, blob, table)
 		for _, c := range table.Chains() {
 			for i := range c.Len() {
 				brief(c, i)
@@ -503,4 +515,46 @@ func FuzzLegacyDecode(f *testing.F) {
 			}
 		}
 	})
+}
+
+// refuzz wants a blob to make the same table upon another one, and again with
+// other counters.
+func refuzz(t *testing.T, f netfilter.Family, blob []byte, want *netfilter.Table) {
+	seed := maphash.MakeSeed()
+	lt := &legacyTable{family: f, name: want.Name}
+	take := func(b legacyBlob) {
+		if _, err := lt.take(b, seed, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	same := func(want *netfilter.Table) {
+		t.Helper()
+		a, b := printed(t, &netfilter.Ruleset{Tables: []*netfilter.Table{want}}, true), printed(t, &netfilter.Ruleset{Tables: []*netfilter.Table{lt.table}}, true)
+		if a != b {
+			t.Errorf("decoded at once:\n%s\nupon another table:\n%s", a, b)
+		}
+	}
+	other, _ := recordedBlob(t, f, "filter")
+	if want.Name == "filter" { // the built-in chains of another would be unknown
+		take(blobOf(f, other))
+	}
+	take(blobOf(f, blob))
+	same(want)
+	before := lt.table
+	take(blobOf(f, blob))
+	if lt.table != before {
+		t.Error("the same block made another table")
+	}
+	counted := blobOf(f, blob)
+	lay := legacyLayoutOf(f)
+	for at := 0; at < len(counted.entries); at += int(xt16(counted.entries[at:], lay.next)) {
+		binary.NativeEndian.PutUint64(counted.entries[at+lay.packets:], uint64(at)+1)
+	}
+	again := legacyBlob{family: f, table: counted.table, legacyInfo: counted.legacyInfo, entries: slices.Clone(counted.entries)}
+	take(counted)
+	fresh := netfilter.NewTable(f, want.Name, netfilter.BackendLegacy)
+	if _, err := decodeLegacy(again, fresh, nil); err != nil {
+		t.Fatal(err)
+	}
+	same(fresh)
 }

@@ -9,6 +9,7 @@ import (
 	"hash/maphash"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"unsafe"
@@ -32,6 +33,9 @@ import (
 type Legacy struct {
 	buffer []byte // of mmap, kept for the next read
 	seed   maphash.Seed
+	last   *netfilter.Ruleset
+	tables []*legacyTable // as last read, of both families
+	counts []netfilter.Counter
 
 	afterTable func(name string) // for tests: called when a table was read
 }
@@ -67,6 +71,16 @@ var errGone = errors.New("the table is gone")
 // that cannot be read is in [netfilter.Ruleset.Unreadable]; an error means that
 // nothing could be read at all. Not safe for concurrent use.
 func (l *Legacy) Read(ctx context.Context) (*netfilter.Ruleset, error) {
+	l.tables, l.last = nil, nil
+	return l.Refresh(ctx)
+}
+
+// Refresh returns what Read would, and the very ruleset of the last time when
+// nothing has moved. The kernel copies everything each time, but it is only
+// decoded when it differs in more than counters. What has not changed is shared
+// with the last result: chains keep their version. All calls must be of the same
+// network namespace.
+func (l *Legacy) Refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 	// All of it must be of one thread, and so of one namespace.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -89,10 +103,14 @@ func (l *Legacy) Read(ctx context.Context) (*netfilter.Ruleset, error) {
 	if len(rs.Tables) == 0 && len(failed) > 0 {
 		return nil, failed[0] // the other mostly fails for the same reason
 	}
-	return rs, nil
+	if l.last == nil || rs.Torn != l.last.Torn || !slices.Equal(rs.Tables, l.last.Tables) || !slices.Equal(rs.Unreadable, l.last.Unreadable) {
+		l.last = rs
+	}
+	return l.last, nil
 }
 
-// Close gives the memory of the last read back. A later Read takes some anew.
+// Close gives the memory back that the kernel writes to, which is that of the
+// greatest table. A later Read or Refresh takes some anew.
 func (l *Legacy) Close() error {
 	if l.buffer == nil {
 		return nil
@@ -124,20 +142,20 @@ func (l *Legacy) readFamily(ctx context.Context, f netfilter.Family) (*netfilter
 		l.seed = maphash.MakeSeed()
 	}
 
-	found := make([]legacyRead, len(names))
+	found := make([]*legacyTable, len(names))
 	greatest := -1
 	for i, name := range names {
 		info, err := s.info(name)
 		if errors.Is(err, unix.EPERM) {
 			return nil, err
 		}
-		found[i] = legacyRead{name: name, size: info.size}
-		if greatest < 0 || info.size > found[greatest].size {
+		found[i] = l.known(f, name)
+		if found[i].size = info.size; greatest < 0 || info.size > found[greatest].size {
 			greatest = i
 		}
 	}
 	read := func(i int) error {
-		found[i].table, found[i].err = l.readTable(s, names[i])
+		l.readTable(s, found[i])
 		if l.afterTable != nil {
 			l.afterTable(names[i])
 		}
@@ -152,7 +170,6 @@ func (l *Legacy) readFamily(ctx context.Context, f netfilter.Family) (*netfilter
 			if err := read(i); err != nil {
 				return false, err
 			}
-			found[i].sum = l.sum(&found[i])
 			changed = changed || before != found[i].sum
 		}
 		return changed, nil
@@ -181,64 +198,48 @@ func (l *Legacy) readFamily(ctx context.Context, f netfilter.Family) (*netfilter
 			rs.Unreadable = append(rs.Unreadable, netfilter.Unreadable{Family: f, Table: r.name, Reason: r.err.Error()})
 		}
 	}
+	l.tables = append(slices.DeleteFunc(l.tables, func(t *legacyTable) bool { return t.family == f }), found...)
 	return rs, nil
 }
 
-// legacyRead is a table, as it was last read.
-type legacyRead struct {
-	name  string
-	size  int
-	table *netfilter.Table
-	err   error  // when there is no table
-	sum   uint64 // equal for the same rules, whatever they counted; not of the greatest
-}
-
-// sum tells the rules of a table from others.
-func (l *Legacy) sum(r *legacyRead) uint64 {
-	var h maphash.Hash
-	h.SetSeed(l.seed)
-	if r.table == nil {
-		h.WriteString(r.err.Error())
-		return h.Sum64()
-	}
-	var line []byte
-	for _, c := range r.table.Chains() {
-		line = append(append(line[:0], c.Name...), '\n')
-		if c.Base != nil {
-			line = append(line, byte(c.Base.Policy))
+// known returns what is known of a table.
+func (l *Legacy) known(f netfilter.Family, name string) *legacyTable {
+	for _, t := range l.tables {
+		if t.family == f && t.name == name {
+			return t
 		}
-		for i := range c.Len() {
-			line = append(AppendRule(line, r.table, c, i), '\n')
-			h.Write(line)
-			line = line[:0]
-		}
-		h.Write(line)
 	}
-	return h.Sum64()
+	return &legacyTable{family: f, name: name}
 }
 
 // readTable reads one table.
-func (l *Legacy) readTable(s *legacySocket, name string) (*netfilter.Table, error) {
+func (l *Legacy) readTable(s *legacySocket, t *legacyTable) {
+	b, err := l.copyTable(s, t.name)
+	if err == nil {
+		l.counts, err = t.take(b, l.seed, l.counts)
+	}
+	if err != nil {
+		t.fail(err, l.seed)
+	}
+}
+
+// copyTable has the kernel copy a table into the buffer.
+func (l *Legacy) copyTable(s *legacySocket, name string) (legacyBlob, error) {
 	for range maxGrown {
 		info, err := s.info(name)
 		if err != nil {
-			return nil, err
+			return legacyBlob{}, err
 		}
 		if err := l.reserve(sizeofGetEntries + info.size); err != nil {
-			return nil, err
+			return legacyBlob{}, err
 		}
 		entries, err := s.entries(name, l.buffer, info.size)
 		if errors.Is(err, unix.EAGAIN) {
 			continue // it was replaced by one of another size
 		}
-		if err != nil {
-			return nil, err
-		}
-		return decodeLegacy(legacyBlob{
-			family: s.family, table: name, legacyInfo: info, entries: entries, setName: s.setName,
-		})
+		return legacyBlob{family: s.family, table: name, legacyInfo: info, entries: entries, setName: s.setName}, err
 	}
-	return nil, fmt.Errorf("legacy table %q of %v: it changed %d times while it was read", name, s.family, maxGrown)
+	return legacyBlob{}, fmt.Errorf("legacy table %q of %v: it changed %d times while it was read", name, s.family, maxGrown)
 }
 
 // reserve makes the buffer at least that long. The pages are there before the
@@ -343,7 +344,9 @@ func (s *legacySocket) info(name string) (legacyInfo, error) {
 // means that the size is another now.
 func (s *legacySocket) entries(name string, buffer []byte, size int) ([]byte, error) {
 	b := buffer[:sizeofGetEntries+size]
-	clear(b[:sizeofGetEntries])
+	// The kernel leaves holes, such as those behind the names of matches. What is
+	// in them would make the same rules differ from what they were last time.
+	clear(b)
 	copy(b[:tableNameSize-1], name)
 	binary.NativeEndian.PutUint32(b[tableNameSize:], uint32(size))
 	if err := s.get(s.level, optGetEntries, b); err != nil {

@@ -682,7 +682,7 @@ func TestLegacySizeHasChanged(t *testing.T) {
 		}
 		var l Legacy
 		defer l.Close()
-		if _, err := l.readTable(s, "unheard"); !errors.Is(err, errGone) {
+		if _, err := l.copyTable(s, "unheard"); !errors.Is(err, errGone) {
 			return fmt.Errorf("a table that nobody knows: %v", err)
 		}
 		ctx, cancel := context.WithCancel(context.Background())
@@ -865,12 +865,17 @@ func BenchmarkReadLegacy(b *testing.B) {
 	if err := load(box, netfilter.IPv4, rules.String()); err != nil {
 		b.Skip(err)
 	}
-	bench := func(name string, read func() (*netfilter.Ruleset, error)) {
+	bench := func(name string, prepare func() error, read func() (*netfilter.Ruleset, error)) {
 		b.Run(name, func(b *testing.B) {
 			n := 0
 			b.ReportAllocs()
 			err := box.Node.Do(func() error {
 				for b.Loop() {
+					b.StopTimer()
+					if err := prepare(); err != nil {
+						return err
+					}
+					b.StartTimer()
 					rs, err := read()
 					if err != nil {
 						return err
@@ -888,15 +893,32 @@ func BenchmarkReadLegacy(b *testing.B) {
 	}
 	var l Legacy
 	defer l.Close()
-	bench("direct", func() (*netfilter.Ruleset, error) { return l.Read(context.Background()) })
-	bench("program", func() (*netfilter.Ruleset, error) {
+	as := func() error { return nil } // it is
+	bench("direct", as, func() (*netfilter.Ruleset, error) { return l.Read(context.Background()) })
+	refresh := func() (*netfilter.Ruleset, error) { return l.Refresh(context.Background()) }
+	bench("refresh-unchanged", as, refresh)
+	bench("refresh-counters", func() error { // of a few chains
+		s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(s)
+		return unix.Sendto(s, []byte("x"), 0, &unix.SockaddrInet4{Port: 9, Addr: [4]byte{10, 146, 0, 100}})
+	}, refresh)
+	bench("refresh-changed", func() error {
+		return exec.Command("iptables-legacy", "-w", "-t", "nat", "-A", "KUBE-SERVICES", "-j", "RETURN").Run()
+	}, refresh)
+	bench("save", as, func() (*netfilter.Ruleset, error) {
+		return l.last, exec.Command("iptables-legacy-save", "-c").Run()
+	})
+	bench("program", as, func() (*netfilter.Ruleset, error) {
 		out, err := exec.Command("iptables-legacy-save", "-c").Output()
 		if err != nil {
 			return nil, err
 		}
 		return Parse(bytes.NewReader(out), "iptables-legacy-save")
 	})
-	bench("kernel", func() (*netfilter.Ruleset, error) { // the part that no reader can avoid
+	bench("kernel", as, func() (*netfilter.Ruleset, error) { // the part that no reader can avoid
 		s, err := openLegacySocket(netfilter.IPv4)
 		if err != nil {
 			return nil, err

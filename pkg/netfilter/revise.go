@@ -88,8 +88,10 @@ func (t *Table) Worn() bool {
 
 // Draft makes c an empty chain of that name that is not in the table. It keeps
 // the memory of c for the rules to come; they are c's own until Adopt.
-func (t *Table) Draft(c *Chain, name string) {
-	id := t.ID(name)
+func (t *Table) Draft(c *Chain, name string) { t.DraftByID(c, t.ID(name)) }
+
+// DraftByID is Draft for the number of a name. It changes nothing but c.
+func (t *Table) DraftByID(c *Chain, id ChainID) {
 	*c = Chain{
 		Name: t.names[id], ID: id, family: t.Family,
 		starts: c.starts[:0], exprs: c.exprs[:0], text: c.text[:0], wide: c.wide[:0], counts: c.counts[:0],
