@@ -211,11 +211,12 @@ func decodeLegacy(b legacyBlob, into *netfilter.Table, expected []netfilter.Chai
 	if err != nil {
 		return nil, err
 	}
-	// Two workers take as many chains each.
+	// Two workers take half of the block each, which is mostly in this order.
 	const many = 1000 // chains, for which a second worker is worth its start
 	parts := [][]legacyChain{d.chains}
-	if n := len(d.chains); n >= many {
-		parts = [][]legacyChain{d.chains[:n/2], d.chains[n/2:]}
+	if len(d.chains) >= many {
+		half := max(0, slices.IndexFunc(d.chains, func(c legacyChain) bool { return c.start > len(b.entries)/2 }))
+		parts = [][]legacyChain{d.chains[:half], d.chains[half:]}
 	}
 	errs := make([]error, len(parts))
 	var workers sync.WaitGroup
@@ -345,7 +346,13 @@ func (d *legacyDecoder) nextID(name []byte, expected *[]netfilter.ChainID) netfi
 
 // findChains walks all entries, and finds where the chains lie.
 func (d *legacyDecoder) findChains(expected []netfilter.ChainID) error {
-	d.chains = make([]legacyChain, 0, len(expected)+len(expected)/8)
+	chains := len(expected) + len(expected)/8
+	if expected == nil { // kube-proxy's chains have some five entries each
+		const entriesOfChain = 5
+		chains = len(d.entries) / d.lay.size / 2 / entriesOfChain
+		d.result.Grow(chains)
+	}
+	d.chains = make([]legacyChain, 0, chains)
 	type start struct{ offset, hook int }
 	var hooks []start
 	for h := range len(d.entry) {
@@ -527,8 +534,10 @@ func (d *legacyDecoder) header(e *legacyEntry) {
 	d.prefix(netfilter.Destination, not(legacyNotDst), h, d.lay.dst, d.lay.dstMask)
 	d.device(netfilter.InInterface, not(legacyNotIn), h[d.lay.in:][:ifNameSize], h[d.lay.inMask:][:ifNameSize])
 	d.device(netfilter.OutInterface, not(legacyNotOut), h[d.lay.out:][:ifNameSize], h[d.lay.outMask:][:ifNameSize])
+	d.xt.protocol = ""
 	protocol := uint32(xt16(h, d.lay.protocol))
-	if d.xt.protocol = protocolNames[protocol]; protocol != 0 {
+	if protocol != 0 {
+		d.xt.protocol = protocolNames[protocol]
 		d.chain.Add(netfilter.Expr{Kind: netfilter.ProtocolIs, Flags: not(legacyNotProtocol), A: protocol})
 	}
 	if flags&d.lay.fragment != 0 {
@@ -546,6 +555,9 @@ func (d *legacyDecoder) header(e *legacyEntry) {
 
 func (d *legacyDecoder) prefix(kind netfilter.Kind, flags uint8, head []byte, at, maskAt int) {
 	address, mask := head[at:at+d.lay.address], head[maskAt:maskAt+d.lay.address]
+	if flags == 0 && isZero(mask) && isZero(address) {
+		return // any
+	}
 	outside := byte(0)
 	for i, b := range address {
 		outside |= b &^ mask[i]
@@ -553,7 +565,6 @@ func (d *legacyDecoder) prefix(kind netfilter.Kind, flags uint8, head []byte, at
 	switch {
 	case outside != 0: // the kernel compares the whole address, so it never holds
 		d.add(netfilter.Unknown, "-m ip --undecoded \"address %x, mask %x\"", address, mask)
-	case flags == 0 && isZero(mask): // every address
 	default:
 		// It cannot fail: both are of the family.
 		_ = d.chain.AddPrefix(kind, flags, d.xt.address(address), d.xt.address(mask))
@@ -561,6 +572,9 @@ func (d *legacyDecoder) prefix(kind netfilter.Kind, flags uint8, head []byte, at
 }
 
 func (d *legacyDecoder) device(kind netfilter.Kind, flags uint8, name, mask []byte) {
+	if flags == 0 && isZero(mask) {
+		return // any
+	}
 	text, ok := appendDevice(d.text[:0], name, mask)
 	d.text = text
 	switch {
@@ -1136,6 +1150,11 @@ func inversion(not bool) string {
 }
 
 func isZero(b []byte) bool {
+	for ; len(b) >= 8; b = b[8:] {
+		if binary.NativeEndian.Uint64(b) != 0 {
+			return false
+		}
+	}
 	for _, x := range b {
 		if x != 0 {
 			return false

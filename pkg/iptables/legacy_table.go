@@ -3,6 +3,7 @@ package iptables
 import (
 	"hash/maphash"
 	"slices"
+	"sync"
 
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -30,29 +31,37 @@ type legacyTable struct {
 // take makes a block the table. The scratch memory for counters is returned for
 // the next time.
 func (t *legacyTable) take(b legacyBlob, seed maphash.Seed, scratch []netfilter.Counter) ([]netfilter.Counter, error) {
-	sum := b.sum(seed)
-	if t.table != nil && sum != 0 && sum == t.sum && t.sameSets(&b) {
-		return t.recount(&b, scratch), nil
-	}
-	last := t.table
-	if last == nil || last.Worn() {
-		last = netfilter.NewTable(t.family, t.name, netfilter.BackendLegacy)
-		t.chains = t.chains[:0]
-	}
-	next := last.Revise()
-	d, err := decodeLegacy(b, next, t.chains)
-	if err != nil {
+	if t.table == nil || t.table.Worn() {
+		sum := make(chan uint64, 1)
+		go func() { sum <- b.sum(seed) }()
+		next := netfilter.NewTable(t.family, t.name, netfilter.BackendLegacy)
+		err := t.decode(b, next, nil)
+		t.sum = <-sum // in any case: the block is not ours for longer
 		return scratch, err
 	}
-	if next.Touched() || t.table == nil {
+	now := b.sum(seed)
+	if now != 0 && now == t.sum && t.sameSets(&b) {
+		return t.recount(&b, scratch), nil
+	}
+	t.sum = now
+	return scratch, t.decode(b, t.table.Revise(), t.chains)
+}
+
+// decode makes next, with the rules of a block, the table.
+func (t *legacyTable) decode(b legacyBlob, next *netfilter.Table, expected []netfilter.ChainID) error {
+	d, err := decodeLegacy(b, next, expected)
+	if err != nil {
+		return err
+	}
+	if next.Touched() {
 		t.table = next
 	}
-	t.sum, t.err, t.sets = sum, nil, d.sets
-	t.chains, t.starts = t.chains[:0], t.starts[:0]
+	t.err, t.sets = nil, d.sets
+	t.chains, t.starts = slices.Grow(t.chains[:0], len(d.chains)), slices.Grow(t.starts[:0], len(d.chains))
 	for _, c := range d.chains {
 		t.chains, t.starts = append(t.chains, c.id), append(t.starts, uint32(c.start))
 	}
-	return scratch, nil
+	return nil
 }
 
 // fail notes why there is no table.
@@ -94,24 +103,52 @@ func (t *legacyTable) sameSets(b *legacyBlob) bool {
 
 // recount takes over the counters of a block that is the same but for these.
 func (t *legacyTable) recount(b *legacyBlob, counts []netfilter.Counter) []netfilter.Counter {
+	// Nearly all chains are as before, which two workers find out. Each waits for
+	// memory most of the time.
+	var moved [2][]int
+	var both sync.WaitGroup
+	half := len(t.chains) / 2
+	for w, part := range [2][2]int{{0, half}, {half, len(t.chains)}} {
+		both.Go(func() {
+			for i := part[0]; i < part[1]; i++ {
+				if t.moved(b, i) {
+					moved[w] = append(moved[w], i)
+				}
+			}
+		})
+	}
+	both.Wait()
+	if moved[0] == nil && moved[1] == nil {
+		return counts
+	}
 	lay := legacyLayoutOf(b.family)
 	next := t.table.Revise()
-	for i, id := range t.chains {
-		c := next.ByID(id)
-		counts = slices.Grow(counts[:0], c.Len())
-		rest := b.entries[t.starts[i]:]
-		for range c.Len() {
-			counts = append(counts, lay.counter(rest))
-			rest = rest[xt16(rest, lay.next):]
+	for _, part := range moved {
+		for _, i := range part {
+			c := next.ByID(t.chains[i])
+			rest := b.entries[t.starts[i]:]
+			counts = counts[:0]
+			for range c.Len() {
+				counts = append(counts, lay.counter(rest))
+				rest = rest[xt16(rest, lay.next):]
+			}
+			next.Recount(c.ID, counts, lay.counter(rest))
 		}
-		var policy netfilter.Counter
-		if c.Base != nil {
-			policy = lay.counter(rest)
-		}
-		next.Recount(id, counts, policy)
 	}
-	if next.Touched() {
-		t.table = next
-	}
+	t.table = next
 	return counts
+}
+
+// moved reports whether a rule of the i-th chain has counted, or its policy.
+func (t *legacyTable) moved(b *legacyBlob, i int) bool {
+	lay := legacyLayoutOf(b.family)
+	c := t.table.ByID(t.chains[i])
+	rest := b.entries[t.starts[i]:]
+	for k := range c.Len() {
+		if n, _ := c.Counter(k); n != lay.counter(rest) {
+			return true
+		}
+		rest = rest[xt16(rest, lay.next):]
+	}
+	return c.Base != nil && c.Base.Counter != lay.counter(rest)
 }

@@ -278,6 +278,7 @@ func (s *Set) Equal(o *Set) bool {
 // as long as any chain in them. A hundred thousand small chains otherwise hold
 // twice the memory, in pieces that the garbage collector visits one by one.
 type arena struct {
+	chains []Chain
 	starts []uint32
 	exprs  []Expr
 	text   []byte
@@ -287,14 +288,19 @@ type arena struct {
 
 // keep returns a chain with the rules of the draft.
 func (a *arena) keep(draft *Chain) *Chain {
-	c := *draft
+	const chains = 64 // in a block
+	if len(a.chains) == cap(a.chains) {
+		a.chains = make([]Chain, 0, chains)
+	}
+	a.chains = append(a.chains, *draft)
+	c := &a.chains[len(a.chains)-1]
 	c.version = versions.Add(1)
 	c.starts, a.starts = put(a.starts, draft.starts)
 	c.exprs, a.exprs = put(a.exprs, draft.exprs)
 	c.text, a.text = put(a.text, draft.text)
 	c.wide, a.wide = put(a.wide, draft.wide)
 	c.counts, a.counts = put(a.counts, draft.counts)
-	return &c
+	return c
 }
 
 // put copies a list into the block, or into a new one when that is full.

@@ -162,6 +162,12 @@ func (t *Table) ID(name string) ChainID {
 	return id
 }
 
+// Grow makes room in an empty table for about so many chains.
+func (t *Table) Grow(chains int) {
+	t.ids = make(map[string]ChainID, chains)
+	t.names, t.chains, t.order = make([]string, 0, chains), make([]*Chain, 0, chains), make([]ChainID, 0, chains)
+}
+
 // IDOf is ID for a name in a buffer, of which it makes a string only when the
 // name is new.
 func (t *Table) IDOf(name []byte) ChainID {
