@@ -84,9 +84,12 @@ func (s *liveStepper) Forget() { s.rules, s.tables = nil, nil }
 func (s *liveStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetlink.Step) (rs *netfilter.Ruleset, interrupted, pruned bool, err error) {
 	s.ctx, s.conn = ctx, conn
 	s.interrupted.Store(false)
-	if step == nfnetlink.Counters {
+	switch step {
+	case nfnetlink.First:
+		return s.rules, false, false, nil // nobody can ask for any
+	case nfnetlink.Counters:
 		rs, err = s.recount()
-	} else {
+	default:
 		rs, err = s.read()
 	}
 	if err != nil {
