@@ -212,6 +212,53 @@ func (c *Conn) Generation() (uint32, error) {
 	return id, nil
 }
 
+// Await waits until no transaction on any table of the namespace is under way, or
+// none that was when it was called. It begins a transaction of its own for another
+// generation than the current one, which it is given: the kernel waits for its
+// turn, sees that it is late, and refuses it (nf_tables_valid_genid in
+// net/netfilter/nf_tables_api.c; Linux 4.13). Nothing is written.
+func (c *Conn) Await(generation uint32) error {
+	c.seq++
+	native := binary.NativeEndian
+	const size = messageHeader + netfilterHeader + 8
+	b := native.AppendUint32(c.request[:0], size)
+	b = native.AppendUint16(b, unix.NFNL_MSG_BATCH_BEGIN)
+	b = native.AppendUint16(b, unix.NLM_F_REQUEST)
+	b = native.AppendUint32(b, c.seq)
+	b = native.AppendUint32(b, 0)
+	b = append(b, unix.AF_UNSPEC, unix.NFNETLINK_V0)
+	b = binary.BigEndian.AppendUint16(b, unix.NFNL_SUBSYS_NFTABLES)
+	b = native.AppendUint16(b, 8)
+	b = native.AppendUint16(b, 1) // NFNL_BATCH_GENID
+	never := generation - 1
+	if never == 0 { // 0 is any
+		never--
+	}
+	c.request = binary.BigEndian.AppendUint32(b, never)
+	if err := c.write(); err != nil {
+		return err
+	}
+	for {
+		part, err := c.receive()
+		if err != nil {
+			return err
+		}
+		for len(part) > 0 {
+			var m message
+			if m, part, err = cutMessage(part); err != nil {
+				return err
+			}
+			if m.seq != c.seq || m.typ != unix.NLMSG_ERROR {
+				continue
+			}
+			if err := m.errno(); err != nil && !errors.Is(err, unix.ERESTART) {
+				return err
+			}
+			return nil
+		}
+	}
+}
+
 func (c *Conn) send(kind int, family uint8, flags uint16, attrs []byte) error {
 	c.seq++
 	native := binary.NativeEndian
@@ -222,6 +269,10 @@ func (c *Conn) send(kind int, family uint8, flags uint16, attrs []byte) error {
 	b = native.AppendUint32(b, 0)                  // from: the kernel fills it in
 	b = append(b, family, unix.NFNETLINK_V0, 0, 0) // nfgenmsg
 	c.request = append(b, attrs...)
+	return c.write()
+}
+
+func (c *Conn) write() error {
 	for {
 		_, err := unix.Write(c.fd, c.request)
 		if err == nil {

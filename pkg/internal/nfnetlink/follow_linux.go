@@ -7,6 +7,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/natlens/natlens/pkg/netfilter"
 )
 
@@ -54,9 +56,7 @@ type Follower struct {
 	last       *netfilter.Ruleset
 	stepped    *netfilter.Ruleset // of the last step, whether it was believed or not
 	generation uint32             // of last
-	seen       uint32             // the generation seen last, and when first
-	since      time.Time
-	confirm    time.Time // when everything has to be read again; zero for not at all
+	confirm    time.Time          // when everything has to be read again; zero for not at all
 }
 
 // Moved reports whether the rules have changed since the last Refresh. It takes
@@ -65,17 +65,8 @@ func (f *Follower) Moved() bool {
 	if f.conn == nil {
 		return f.last == nil && !f.absent
 	}
-	g, err := f.look()
-	return err != nil || f.last == nil || g != f.generation
-}
-
-// look asks for the generation, and notes when it was first seen.
-func (f *Follower) look() (uint32, error) {
 	g, err := f.conn.Generation()
-	if err == nil && (g != f.seen || f.since.IsZero()) {
-		f.seen, f.since = g, time.Now()
-	}
-	return g, err
+	return err != nil || f.last == nil || g != f.generation
 }
 
 // Refresh returns the rules as of now. What it returned last time is returned
@@ -124,131 +115,84 @@ func (f *Follower) refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 			return f.last, nil
 		}
 	}
-	before, err := f.look()
+	generation, err := f.conn.Generation()
 	if err != nil {
 		return nil, err
 	}
 	due := !f.confirm.IsZero() && time.Now().After(f.confirm)
-	if f.last != nil && before == f.generation && !due {
-		rs, moved, err := f.step(ctx, Counters)
-		if err != nil || !moved {
-			f.last = rs
-			return rs, err
-		}
-	}
-	if f.last == nil || due {
+	switch {
+	case f.last == nil, due:
 		// Once: a large table takes longer than a busy cluster stands still. What
 		// changes meanwhile, the next step finds.
-		if err := f.wait(ctx); err != nil {
-			return nil, err
-		}
-		before, err := f.look()
-		if err != nil {
-			return nil, err
-		}
-		began := f.quiet()
 		f.confirm = time.Time{}
-		rs, moved, err := f.step(ctx, Everything)
+		if rs, err := f.step(ctx, Everything); rs != nil || err != nil {
+			return rs, err
+		}
+	case generation == f.generation:
+		if rs, err := f.step(ctx, Counters); rs != nil || err != nil {
+			return rs, err
+		}
+	case f.last == f.stepped:
+		before := f.last
+		rs, err := f.step(ctx, First)
 		if err != nil {
 			return nil, err
 		}
-		if !moved && began {
-			return f.accept(rs, before), nil
+		if rs != nil && rs != before {
+			f.generation = generation - 1 // the other changes are left to the next Refresh
+			return rs, nil
 		}
 	}
-	if f.last != nil && f.last == f.stepped && !due {
-		if rs, err := f.first(ctx); rs != nil || err != nil {
+	for range mostSteps {
+		if rs, err := f.step(ctx, Changes); rs != nil || err != nil {
 			return rs, err
 		}
 	}
-	return f.settle(ctx)
+	// f.stepped is no ruleset that was ever there; nor is it the last one, so
+	// that the next Refresh reads the changes again.
+	f.last, f.generation = f.stepped, f.generation-1
+	torn := *f.stepped
+	torn.Torn = true
+	return &torn, nil
 }
 
-// first reads what the reader was asked to look at first, and returns nil when
-// that has not changed. The other changes are left to the next Refresh: the
-// generation stays that of the last complete reading.
-func (f *Follower) first(ctx context.Context) (*netfilter.Ruleset, error) {
-	if err := f.wait(ctx); err != nil {
-		return nil, err
-	}
-	rs, moved, err := f.step(ctx, First)
-	if err != nil || moved || rs == f.last {
-		return nil, err
-	}
-	f.last = rs
-	return rs, nil
-}
+// mostSteps bounds the readings while the rules keep changing.
+const mostSteps = 8
 
-// step takes one step, and reports whether the rules moved meanwhile.
-func (f *Follower) step(ctx context.Context, s Step) (*netfilter.Ruleset, bool, error) {
-	before, err := f.look()
+// step takes one step. It returns nil when the rules changed meanwhile.
+//
+// The kernel counts a new generation before it has taken all of the old rules out of
+// its lists (nf_tables_commit in net/netfilter/nf_tables_api.c), and a dump that
+// goes on in between may miss rules or show them twice. So the generation is
+// asked for, then the transaction that may have brought it is waited for, and
+// only then the dumps begin.
+func (f *Follower) step(ctx context.Context, s Step) (*netfilter.Ruleset, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	before, err := f.conn.Generation()
 	if err != nil {
-		return nil, false, err
+		return nil, err
+	}
+	if s != Counters {
+		if err := f.conn.Await(before); err != nil {
+			return nil, err
+		}
 	}
 	rs, interrupted, pruned, err := f.Stepper.Step(ctx, f.conn, s)
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	f.stepped = rs
-	after, err := f.look()
-	if err != nil {
-		return nil, false, err
-	}
 	if pruned && f.confirm.IsZero() {
 		f.confirm = time.Now().Add(confirmAfter)
 	}
-	return rs, interrupted || before != after, nil
-}
-
-// settle reads the changes until what was read is the rules of one moment, as
-// readSettled does.
-func (f *Follower) settle(ctx context.Context) (*netfilter.Ruleset, error) {
-	var last *netfilter.Ruleset // of a reading without a visible change
-	for try := 1; ; try++ {
-		if err := f.wait(ctx); err != nil {
-			return nil, err
-		}
-		generation, err := f.look()
-		if err != nil {
-			return nil, err
-		}
-		began := f.quiet()
-		rs, moved, err := f.step(ctx, Changes)
-		if err != nil {
-			return nil, err
-		}
-		if !moved && (began || last != nil && rs.SameRules(last)) {
-			return f.accept(rs, generation), nil
-		}
-		if last = nil; !moved {
-			last = rs
-		}
-		if try == mostReadings {
-			torn := *rs
-			torn.Torn = true
-			f.accept(rs, 0) // so that the next Refresh reads the changes again
-			return &torn, nil
-		}
+	after, err := f.conn.Generation()
+	if err != nil || interrupted || before != after {
+		return nil, err
 	}
-}
-
-// accept makes a ruleset the last one.
-func (f *Follower) accept(rs *netfilter.Ruleset, generation uint32) *netfilter.Ruleset {
-	f.last, f.generation = rs, generation
-	return rs
-}
-
-// quiet reports whether the generation has stood still long enough; see quiet.
-func (f *Follower) quiet() bool { return time.Since(f.since) >= quiet }
-
-// wait waits until the generation may have stood still long enough.
-func (f *Follower) wait(ctx context.Context) error {
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-time.After(quiet - time.Since(f.since)):
-		return nil
-	}
+	f.last, f.generation = rs, after
+	return rs, nil
 }
 
 // explain names the capability that is missing.
@@ -276,4 +220,21 @@ func Open() (*Conn, error) {
 		return nil, errors.Join(err, conn.Close())
 	}
 	return conn, nil
+}
+// supported reports whether the kernel has nf_tables at all. nfnetlink answers
+// EINVAL for a subsystem that it does not have, but an old kernel, too, for a
+// question that it does not know.
+func (c *Conn) supported() (bool, error) {
+	_, err := c.Generation()
+	if !errors.Is(err, syscall.EINVAL) {
+		return err == nil, err
+	}
+	err = c.Dump(unix.NFT_MSG_GETTABLE, unix.NFPROTO_IPV4, nil, func([]byte) error { return nil })
+	if errors.Is(err, syscall.EINVAL) {
+		return false, nil
+	}
+	if err == nil {
+		err = errors.New("the kernel has no ruleset generations (Linux 3.18)")
+	}
+	return false, err
 }
