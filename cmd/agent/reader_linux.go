@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 
 	"github.com/natlens/natlens/internal/snapshot"
 	"github.com/natlens/natlens/pkg/iptables"
@@ -48,3 +49,6 @@ func (r *kernelReader) Read(ctx context.Context) (*netfilter.Ruleset, error) {
 // Moved reports whether nf_tables has changed since the last Read. The legacy
 // backend does not tell.
 func (r *kernelReader) Moved() bool { return r.iptables.Moved() || r.nftables.Moved() }
+
+// Close gives back what is kept for the next Read.
+func (r *kernelReader) Close() error { return errors.Join(r.iptables.Close(), r.nftables.Close()) }

@@ -221,6 +221,7 @@ func Open() (*Conn, error) {
 	}
 	return conn, nil
 }
+
 // supported reports whether the kernel has nf_tables at all. nfnetlink answers
 // EINVAL for a subsystem that it does not have, but an old kernel, too, for a
 // question that it does not know.
