@@ -37,7 +37,7 @@ const kubeProxyTable = "kube-proxy"
 const (
 	nftaTableName, nftaTableFlags, nftaTableHandle = 1, 2, 4 // enum nft_table_attributes
 	nftaChainTable, nftaChainName, nftaChainHook   = 1, 3, 4 // enum nft_chain_attributes
-	nftaChainPolicy, nftaChainType                 = 5, 7
+	nftaChainPolicy, nftaChainUse, nftaChainType   = 5, 6, 7
 	nftaHookNumber, nftaHookPriority               = 1, 2
 	nftaRuleTable, nftaRuleChain                   = 1, 2
 	nftaRuleExpressions, nftaRuleUserData          = 4, 7

@@ -171,6 +171,23 @@ func TestLiveDecode(t *testing.T) {
 	}
 }
 
+// TestLiveWithoutRules wants chains without rules to be believed only when the
+// kernel counts none either.
+func TestLiveWithoutRules(t *testing.T) {
+	for use, want := range []bool{false, true} {
+		lt := newLiveTable(netfilter.IPv4, 0)
+		lt.begin()
+		b := append(attrText(nftaChainTable, kubeProxyTable), attrText(nftaChainName, "nat-output")...)
+		b = append(b, attr(nftaChainHook, attr32(nftaHookNumber, 3), attr32(nftaHookPriority, 0))...)
+		lt.addChain(append(b, attr32(nftaChainUse, uint32(use))...))
+		lt.endRules()
+		lt.declare()
+		if lt.changed != want {
+			t.Errorf("with %d rules counted and none found: changed %t", use, lt.changed)
+		}
+	}
+}
+
 // normal is a table as text, without numbers of sets and chains.
 func normal(t *netfilter.Table) string {
 	var out []string

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"os/exec"
 	"runtime"
@@ -16,6 +17,7 @@ import (
 
 	gocmp "github.com/google/go-cmp/cmp"
 
+	"github.com/natlens/natlens/pkg/chain"
 	"github.com/natlens/natlens/pkg/internal/nfnetlink"
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -146,12 +148,17 @@ func (c *changer) change(n int) string {
 }
 
 // TestLiveRefreshFollows changes Services as kube-proxy does, many times, and
-// sometimes something else, and wants Refresh to tell what Read and nft tell.
+// sometimes something else, and wants Refresh to tell what Read and nft tell; and
+// chain.View.Update, which trusts in what is shared, the same Services. With
+// NATLENS_STRESS it takes minutes.
 func TestLiveRefreshFollows(t *testing.T) {
 	const seed = 11
-	steps := 1500
-	if testing.Short() {
-		steps = 200
+	steps := 300
+	switch {
+	case os.Getenv("NATLENS_STRESS") != "":
+		steps = 3000
+	case testing.Short():
+		steps = 50
 	}
 	b := newNode(t)
 	r := rand.New(rand.NewPCG(seed, 1))
@@ -164,6 +171,8 @@ func TestLiveRefreshFollows(t *testing.T) {
 	var l Live
 	defer l.Close()
 	last := refreshLive(t, b, &l)
+	node := chain.Node{PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, Local: []netip.Addr{netip.MustParseAddr("10.146.0.2")}}
+	found := chain.NewView(last, node).Services()
 	counted := 0
 	for i := range steps {
 		c := families[r.IntN(2)]
@@ -202,7 +211,12 @@ func TestLiveRefreshFollows(t *testing.T) {
 		if got.Torn {
 			t.Fatalf("step %d, %s: torn", i, what)
 		}
-		if diff := gocmp.Diff(normalRules(readLive(t, b)), normalRules(got)); diff != "" {
+		fresh := readLive(t, b)
+		found = chain.NewView(got, node).Update(found)
+		if diff := gocmp.Diff(services(t, fresh, node), told(t, found)); diff != "" {
+			t.Fatalf("step %d, %s: the Services differ: (-read +refreshed)\n%s\n%s", i, what, diff, batch)
+		}
+		if diff := gocmp.Diff(normalRules(fresh), normalRules(got)); diff != "" {
 			t.Fatalf("step %d, %s: (-read +refreshed)\n%s\n%s", i, what, diff, batch)
 		}
 		if i%50 == 0 {

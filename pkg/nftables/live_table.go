@@ -43,6 +43,8 @@ type liveTable struct {
 	decode liveDecoder
 	draft  netfilter.Chain
 	order  []netfilter.ChainID
+	// ruled says that there are rules: the kernel counts those of a chain at a hook.
+	ruled bool
 	// changed says that something did not fit together, so that the rules have
 	// changed meanwhile.
 	changed bool
@@ -87,6 +89,7 @@ type rulesDump struct {
 	raw    []byte // of the bodies: messages, each behind its length
 	open   []byte // name of the chain at hand
 	start  int    // of its rules, in raw
+	any    bool   // there were rules at all
 	twice  bool   // a chain's rules came in two places
 }
 
@@ -113,6 +116,7 @@ func (t *liveTable) begin() {
 	t.next = t.last.Revise()
 	t.step++
 	t.declared, t.listed, t.elements, t.rules, t.changed = t.declared[:0], t.listed[:0], nil, rulesDump{}, false
+	t.ruled = false
 	t.decode.table, t.decode.sets = t.next, map[string]*liveSet{}
 	for name, s := range t.named {
 		t.decode.sets[name] = &s.liveSet
@@ -143,6 +147,9 @@ func (t *liveTable) addChain(b []byte) {
 		return
 	}
 	d := declared{base: baseOf(a[nftaChainHook], a[nftaChainType], a[nftaChainPolicy])}
+	if n, _ := nfnetlink.Uint32(a[nftaChainUse]); n > 0 && a[nftaChainHook] != nil {
+		t.ruled = true // no jump can lead to it
+	}
 	var ok bool
 	if d.id, ok = t.next.Find(name); !ok {
 		d.name = string(name)
@@ -200,6 +207,7 @@ func (t *liveTable) addRule(b []byte) {
 		return // a kernel that does not filter
 	}
 	r := &t.rules
+	r.any = true
 	if !bytes.Equal(r.open, name) {
 		t.endRules()
 		r.open = append(r.open[:0], name...)
@@ -241,6 +249,10 @@ func (t *liveTable) eachRule(b *chainBody, f func([]byte)) {
 // declare makes the table have the chains and named sets that were found, without
 // what is in them.
 func (t *liveTable) declare() {
+	// While a transaction puts a new table in the place of one of the same name, a
+	// dump of rules may find the old one, whose rules are gone already, and nothing
+	// else tells (nf_tables_dump_rules in net/netfilter/nf_tables_api.c).
+	t.changed = t.changed || t.ruled && !t.rules.any
 	t.order = t.order[:0]
 	for i := range t.declared {
 		d := &t.declared[i]
