@@ -151,10 +151,6 @@ func (c *Conn) Get(kind int, family uint8, attrs []byte) ([]byte, error) {
 	}
 }
 
-// MostAtOnce is how many objects GetMany asks for at most: a socket's buffer holds
-// a page for each of the answers, and the kernel drops what does not fit.
-const MostAtOnce = 32
-
 // GetMany asks nf_tables for several objects with one message, such as elements
 // of a set, and calls each with the attributes of every one of the n answers;
 // they are valid during the call only. The kernel ends with the first object

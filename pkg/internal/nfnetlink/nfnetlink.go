@@ -12,6 +12,10 @@ package nfnetlink
 
 import "encoding/binary"
 
+// MostAtOnce is how many objects Conn.GetMany asks for at most: a socket's buffer holds
+// a page for each of the answers, and the kernel drops what does not fit.
+const MostAtOnce = 32
+
 // typeMask takes NLA_F_NESTED and NLA_F_NET_BYTEORDER off an attribute's type
 // (NLA_TYPE_MASK in linux/netlink.h).
 const typeMask = 0x3fff
