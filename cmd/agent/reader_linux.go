@@ -13,9 +13,36 @@ import (
 // newReader returns the reader that --reader names.
 func newReader(name string) (snapshot.Reader, error) {
 	if name == "exec" {
-		return iptables.NewExec()
+		x, err := iptables.NewExec()
+		if err != nil {
+			return nil, err
+		}
+		return &execReader{iptables: x}, nil
 	}
 	return &kernelReader{}, nil
+}
+
+// execReader runs programs to read what kernelReader reads. Without nft, it does
+// without kube-proxy's nftables mode.
+type execReader struct {
+	iptables *iptables.Exec
+	nftables nftables.Exec
+}
+
+// Read implements snapshot.Reader.
+func (r *execReader) Read(ctx context.Context) (*netfilter.Ruleset, error) {
+	a, err := r.iptables.Read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	b, err := r.nftables.Read(ctx)
+	if errors.Is(err, nftables.ErrNoNFT) {
+		return a, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return netfilter.Merge(b, a)
 }
 
 // kernelReader reads all that kube-proxy may have written, in any of its modes.
