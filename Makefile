@@ -63,8 +63,8 @@ bench: ## Run the benchmarks (BENCH=regexp picks some)
 	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
 
 .PHONY: bench-scale
-bench-scale: ## Measure large rulesets beside iptables-save and nft (SIZES=1000x10,…, as root)
-	go run ./test/bench -sizes '$(SIZES)' -rounds '$(ROUNDS)'
+bench-scale: build ## Measure large rulesets beside iptables-save and nft (SIZES=1000x10,…, as root)
+	go run ./test/bench -sizes '$(SIZES)' -rounds '$(ROUNDS)' -agent bin/agent
 
 .PHONY: fuzz
 fuzz: ## Fuzz the parsers, the kernel readers' decoders and the walk (FUZZTIME=60s each)

@@ -52,13 +52,11 @@ func (s *Snapshot) next(rs *netfilter.Ruleset, node chain.Node, now time.Time) *
 	next := *s
 	next.Time, next.Checked, next.Stale, next.Error = now, now, false, ""
 	sameNode := reflect.DeepEqual(node, s.node)
-	if rs == s.Rules && sameNode {
-		return &next
-	}
-	if !sameNode || !rs.SameRules(s.Rules) {
-		next.Version++
-	}
 	next.Rules, next.node = rs, node
+	if sameNode && (rs == s.Rules || rs.SameRules(s.Rules)) {
+		return &next // where connections go does not hang on what has been counted
+	}
+	next.Version++
 	next.View = s.View.Next(rs, node)
 	next.Programmed = next.View.Update(s.Programmed)
 	if s.Backend != BackendFile {

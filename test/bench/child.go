@@ -148,10 +148,12 @@ func (w *worker) refresh(ctx context.Context) error {
 	if err != nil || rs == w.rules {
 		return err
 	}
-	if w.view == nil {
+	switch {
+	case w.view != nil && rs.SameRules(w.rules): // as a snapshot does
+	case w.view == nil:
 		w.view = chain.NewView(rs, node())
 		w.programmed = w.view.Services()
-	} else {
+	default:
 		w.view = w.view.Next(rs, node())
 		w.programmed = w.view.Update(w.programmed)
 	}

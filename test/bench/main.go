@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 func main() {
@@ -19,6 +20,8 @@ func main() {
 		sizes   = flag.String("sizes", "1000x10,10000x10", "`SERVICESxENDPOINTS`, comma-separated; 50000x5 takes half an hour")
 		layouts = flag.String("layouts", "legacy,nft,nftables", "which of legacy, nft (iptables-nft) and nftables (kube-proxy's mode)")
 		rounds  = flag.Int("rounds", 5, "how many times each row is measured")
+		agent   = flag.String("agent", "", "measure this `PROGRAM` as \"agent serve\", too")
+		rest    = flag.Duration("rest", 30*time.Second, "how long the agent is watched at rest")
 		child   = flag.String("child", "", "for the program's own use: the `ROW` to measure")
 	)
 	flag.Parse()
@@ -28,7 +31,7 @@ func main() {
 	if *child != "" {
 		err = runChild(ctx, *child)
 	} else {
-		err = run(ctx, strings.Split(*sizes, ","), strings.Split(*layouts, ","), *rounds)
+		err = run(ctx, strings.Split(*sizes, ","), strings.Split(*layouts, ","), *rounds, *agent, *rest)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -36,7 +39,7 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, sizes, names []string, rounds int) error {
+func run(ctx context.Context, sizes, names []string, rounds int, agent string, rest time.Duration) error {
 	if os.Geteuid() != 0 {
 		return errors.New("loading rules needs root")
 	}
@@ -52,6 +55,11 @@ func run(ctx context.Context, sizes, names []string, rounds int) error {
 			}
 			if err := measure(ctx, l, services, endpoints, rounds); err != nil {
 				return fmt.Errorf("%s %s: %w", size, l.name, err)
+			}
+		}
+		if agent != "" {
+			if err := measureAgent(ctx, agent, services, endpoints, rounds, rest); err != nil {
+				return fmt.Errorf("%s agent: %w", size, err)
 			}
 		}
 	}

@@ -105,10 +105,7 @@ type measured struct {
 }
 
 func measure(ctx context.Context, l layout, services, endpoints, rounds int) error {
-	box, err := nodebox.New(nodebox.Config{
-		NodeAddrs:    []netip.Prefix{netip.PrefixFrom(kubeproxy.SyntheticNodeIP, 24)},
-		OutsideAddrs: []netip.Prefix{netip.PrefixFrom(kubeproxy.SyntheticNodeIP.Next(), 24)},
-	})
+	box, err := newBox()
 	if err != nil {
 		return err
 	}
@@ -167,6 +164,13 @@ func measure(ctx context.Context, l layout, services, endpoints, rounds int) err
 	}
 	print(l, services, endpoints, results)
 	return nil
+}
+
+func newBox() (*nodebox.Box, error) {
+	return nodebox.New(nodebox.Config{
+		NodeAddrs:    []netip.Prefix{netip.PrefixFrom(kubeproxy.SyntheticNodeIP, 24)},
+		OutsideAddrs: []netip.Prefix{netip.PrefixFrom(kubeproxy.SyntheticNodeIP.Next(), 24)},
+	})
 }
 
 // run measures a program that runs anew each time.
@@ -273,10 +277,7 @@ func (c *child) stop() {
 	_ = c.cmd.Wait()
 }
 
-func (m *measured) median() time.Duration {
-	sorted := slices.Sorted(slices.Values(m.took))
-	return sorted[len(sorted)/2]
-}
+func (m *measured) median() time.Duration { return median(m.took) }
 
 // print prints the table of one ruleset, in Markdown.
 func print(l layout, services, endpoints int, results []*measured) {
