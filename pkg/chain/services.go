@@ -142,7 +142,7 @@ func (v *View) Update(last *Programmed) *Programmed {
 	var wg sync.WaitGroup
 	for w := range workers {
 		wg.Go(func() {
-			res := &resolver{view: v}
+			res := &resolver{view: v, run: run{splits: splits{}}}
 			for i := w; i < len(anew); i += workers {
 				res.resolve(anew[i])
 			}

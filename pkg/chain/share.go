@@ -36,17 +36,45 @@ type factor struct {
 // a Service with more endpoints have thousands of digits.
 const maxExact = 128
 
+// splits remembers the factors of a run: Services with as many endpoints part
+// their connections alike. Nil remembers nothing.
+type splits map[splitKey]*factor
+
+type splitKey struct {
+	before   *factor
+	num, den uint32
+}
+
+// mostSplits bounds what is remembered.
+const mostSplits = 1 << 16
+
 // split parts a share into num/den of it and the rest.
-func (s Share) split(num, den uint32) (taken, rest Share) {
+func (s Share) split(num, den uint32) (taken, rest Share) { return splits(nil).split(s, num, den) }
+
+// split is Share.split with remembered factors.
+func (m splits) split(s Share, num, den uint32) (taken, rest Share) {
 	taken.parts = s.parts.mulDiv(num, den)
 	rest.parts = s.parts.sub(taken.parts)
-	size := 1
-	if s.how != nil {
-		size = min(size+s.how.size, maxExact+1)
-	}
-	taken.how = &factor{before: s.how, num: num, den: den, size: size}
-	rest.how = &factor{before: s.how, num: den - num, den: den, size: size}
+	taken.how, rest.how = m.times(s.how, num, den), m.times(s.how, den-num, den)
 	return taken, rest
+}
+
+func (m splits) times(before *factor, num, den uint32) *factor {
+	k := splitKey{before, num, den}
+	if f, ok := m[k]; ok {
+		return f
+	}
+	f := &factor{before: before, num: num, den: den, size: 1}
+	if before != nil {
+		f.size = min(1+before.size, maxExact+1)
+	}
+	if m != nil {
+		if len(m) == mostSplits {
+			clear(m)
+		}
+		m[k] = f
+	}
+	return f
 }
 
 // plus adds the share of another way to the same place.

@@ -125,11 +125,12 @@ type run struct {
 	ends     []end
 	stack    []*netfilter.Chain
 	spare    [][]state
+	splits   splits
 }
 
 // reset makes a run ready for another packet, keeping its memory.
 func (r *run) reset(p netfilter.Packet) {
-	*r = run{packet: p, trail: r.trail, ends: r.ends[:0], sensitive: r.sensitive[:0], stack: r.stack[:0], spare: r.spare}
+	*r = run{packet: p, trail: r.trail, ends: r.ends[:0], sensitive: r.sensitive[:0], stack: r.stack[:0], spare: r.spare, splits: r.splits}
 }
 
 // sensitivity is a source range that a rule of the chain asks for.
@@ -351,7 +352,7 @@ func (r *run) perform(ref RuleRef, rule []netfilter.Expr, p chance, s state, nex
 		left := e.B
 		for _, c := range ref.Chain.Choices(e) {
 			taken := s
-			taken.share, s.share = s.share.split(c.Count, left)
+			taken.share, s.share = r.splits.split(s.share, c.Count, left)
 			left -= c.Count
 			r.act(ref, c.Verdict, chance{c.Count, e.B}, taken, next, back, passed)
 			if left == 0 {
@@ -394,7 +395,7 @@ func (r *run) split(rule []netfilter.Expr, s state) (taken, rest state) {
 	for _, e := range rule {
 		if e.Kind == netfilter.Random || e.Kind == netfilter.Nth {
 			p := chanceOf(e)
-			hit, missed := taken.share.split(p.num, p.den)
+			hit, missed := r.splits.split(taken.share, p.num, p.den)
 			taken.share, rest.share = hit, rest.share.plus(missed)
 		}
 	}
