@@ -371,7 +371,7 @@ func (f *finder) backends() {
 		}
 		if len(holders) > 1 {
 			f.about = fv.family.String()
-			f.add(BackendConflict, Error, holders, "%s both hold Services of %v: which is asked first depends on which was loaded last, and a stale one sends connections to endpoints that are gone", strings.Join(names, " and "), fv.family)
+			f.add(BackendConflict, Error, holders, "%s both hold Services of %v: the one whose nat chains were made last is asked first, which the kernel does not tell, and a stale one sends connections to endpoints that are gone", strings.Join(names, " and "), fv.family)
 		}
 	}
 }

@@ -187,7 +187,7 @@ func (v *View) sameFrame(o *View) bool {
 			return false
 		}
 		for h := range f.hooks {
-			if !slices.EqualFunc(f.hooks[h], g.hooks[h], func(a, b netfilter.BaseChain) bool {
+			if f.tied[h] != g.tied[h] || !slices.EqualFunc(f.hooks[h], g.hooks[h], func(a, b netfilter.BaseChain) bool {
 				return a.ID == b.ID && f.tables[a.Table].number == g.tables[b.Table].number && a.Base.Type == b.Base.Type && a.Base.Priority == b.Base.Priority
 			}) {
 				return false

@@ -26,6 +26,7 @@ type View struct {
 type familyView struct {
 	family  netfilter.Family
 	hooks   [5][]netfilter.BaseChain
+	tied    [5]int // see the function tied
 	tables  map[*netfilter.Table]*tableView
 	sources map[Class]netip.Addr // an address that stands for the class
 	named   *sourceRanges
@@ -140,6 +141,7 @@ func newView(rs *netfilter.Ruleset, node Node, pods map[podHint]int) *View {
 func (v *View) complete(fv *familyView) {
 	for h := netfilter.Prerouting; h <= netfilter.Postrouting; h++ {
 		fv.hooks[h] = v.rules.BaseChains(fv.family, h)
+		fv.tied[h] = tied(h, fv.hooks[h])
 	}
 	fv.masquerade, fv.drop = fv.marks("KUBE-MARK-MASQ"), fv.marks("KUBE-MARK-DROP")
 	v.choosePackets(fv)

@@ -205,7 +205,7 @@ func (r *run) hook(h netfilter.Hook, live []state) []state {
 	for i := range live {
 		live[i].hook = h
 	}
-	for _, base := range r.family.hooks[h] {
+	for _, base := range r.order(h) {
 		var skipped []state
 		if base.Base.Type == netfilter.TypeNAT {
 			live, skipped = r.natAsks(h, live)
@@ -217,6 +217,46 @@ func (r *run) hook(h netfilter.Hook, live []state) []state {
 		r.give(skipped)
 	}
 	return live
+}
+
+// order returns the base chains of a hook in the order in which they are asked.
+//
+// Of nat chains with the same priority, the one that was registered last is asked
+// first (nf_hook_entries_grow in net/netfilter/core.c), and the first that decides
+// on an address wins. The kernel does not tell the order to anybody, so where both
+// backends have such a chain with rules, it is tried both ways.
+func (r *run) order(h netfilter.Hook) []netfilter.BaseChain {
+	bases, i := r.family.hooks[h], r.family.tied[h]
+	if i < 0 || r.undecided != nil {
+		return bases
+	}
+	ref := RuleRef{bases[i].Table, bases[i].Chain, bases[i].Len()}
+	swap, ok := r.assume[ref]
+	switch {
+	case !ok && len(r.assume) >= maxUnknown:
+		r.ignored = appendNew(r.ignored, ref)
+	case !ok:
+		r.undecided = &ref
+	case swap:
+		bases = slices.Clone(bases)
+		bases[i], bases[i+1] = bases[i+1], bases[i]
+	}
+	return bases
+}
+
+// tied returns the first of two nat chains that decide on the destination and of
+// which nobody knows which is asked first; -1 for none.
+func tied(h netfilter.Hook, bases []netfilter.BaseChain) int {
+	if h != netfilter.Prerouting && h != netfilter.Output {
+		return -1
+	}
+	for i := 0; i+1 < len(bases); i++ {
+		a, b := bases[i], bases[i+1]
+		if a.Base.Type == netfilter.TypeNAT && b.Base.Type == netfilter.TypeNAT && a.Base.Priority == b.Base.Priority && a.Len() > 0 && b.Len() > 0 {
+			return i
+		}
+	}
+	return -1
 }
 
 // natAsks parts the states that nat is still asked about at the hook from the
