@@ -44,6 +44,10 @@ type Keeper struct {
 // a reading is at least so many times as long as the reading was.
 const busyShare = 10
 
+// mostRest bounds that pause where rules have moved: the first reading of a large
+// table is not to keep the next small change waiting.
+const mostRest = 5 * time.Second
+
 // How often the reader is asked whether rules have moved. The question takes
 // microseconds, but waking up costs a fifth of a millisecond. So it is asked
 // often only for a while after rules have moved: changes come in bursts.
@@ -69,7 +73,7 @@ func (k *Keeper) Run(ctx context.Context) {
 		start := time.Now()
 		_ = k.Refresh(ctx) // logged, and shown in every output
 		rest := busyShare * time.Since(start)
-		k.pause(ctx, rest, max(k.Interval, rest))
+		k.pause(ctx, min(rest, mostRest), max(k.Interval, rest))
 	}
 }
 

@@ -58,7 +58,7 @@ func measureAgent(ctx context.Context, program string, services, endpoints, roun
 			// Twice, so that there is the first state again for the next round;
 			// and each behind a pause, so that the agent is at rest before.
 			for range 2 {
-				time.Sleep(2 * time.Second)
+				time.Sleep(8 * time.Second)
 				before, err := a.version(ctx)
 				if err != nil {
 					return err
@@ -106,14 +106,25 @@ func measureAgent(ctx context.Context, program string, services, endpoints, roun
 
 	fmt.Printf("### agent serve, iptables-nft, %d Services x %d endpoints\n\n", services, endpoints)
 	fmt.Println("| | | at most | met |\n|---|---|---|---|")
-	line := func(text, value string, limit string, met bool) {
-		fmt.Printf("| %s | %s | %s | %s |\n", text, value, limit, map[bool]string{true: "yes", false: "**no**"}[met])
+	// Some limits are for a thousand Services.
+	limit := func(text string) string {
+		if services > 1000 {
+			return ""
+		}
+		return text
 	}
-	line("from the end of a write to the JSON that shows it, median", short(median(latencies)), "100 ms at 1,000 Services", median(latencies) <= 100*time.Millisecond)
+	line := func(text, value string, limit string, met bool) {
+		verdict := map[bool]string{true: "yes", false: "**no**"}[met]
+		if limit == "" {
+			verdict = ""
+		}
+		fmt.Printf("| %s | %s | %s | %s |\n", text, value, limit, verdict)
+	}
+	line("from the end of a write to the JSON that shows it, median", short(median(latencies)), limit("100 ms"), median(latencies) <= 100*time.Millisecond)
 	line("the same, longest of "+fmt.Sprint(len(latencies)), short(slices.Max(latencies)), "", true)
 	ratio := float64(median(beside)) / float64(median(alone))
 	line(fmt.Sprintf("a write of one Service beside the agent (%s alone)", short(median(alone))), fmt.Sprintf("%.3f of that", ratio), "1.05", ratio <= 1.05)
-	line(fmt.Sprintf("processor over %v of light traffic", rest), fmt.Sprintf("%.2f %% of a core", 100*busy), "0.2 % at 1,000 Services", busy <= 0.002)
+	line(fmt.Sprintf("processor over %v of light traffic", rest), fmt.Sprintf("%.2f %% of a core", 100*busy), limit("0.2 %"), busy <= 0.002)
 	line("memory, steady", kib(a.memory()), "", true)
 	fmt.Println()
 	return nil
