@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/natlens/natlens/internal/nodebox"
+	"github.com/natlens/natlens/internal/nodebox/boxtest"
 	"github.com/natlens/natlens/pkg/netfilter"
 )
 
@@ -254,13 +255,12 @@ func TestReadBesideLock(t *testing.T) {
 
 // TestReadUnprivileged reads as a user who may not, in a process of its own.
 func TestReadUnprivileged(t *testing.T) {
-	const helper = "NATLENS_TEST_READ"
-	if os.Getenv(helper) != "" {
+	if boxtest.IsAgain() {
 		x, err := NewExec()
 		if err == nil {
 			_, err = x.Read(context.Background())
 		}
-		fmt.Printf("error: %v\n", err)
+		fmt.Printf("answer: %v\n", err)
 		return
 	}
 	b := newNode(t, everyProgram...)
@@ -269,62 +269,10 @@ func TestReadUnprivileged(t *testing.T) {
 		if legacy {
 			restore(t, b, nodebox.Legacy, false, "legacy")
 		}
-		// The test's program stands where only its owner may look.
-		exe := filepath.Join(publicDir(t), "test")
-		self, err := os.Executable()
-		if err != nil {
-			t.Fatal(err)
-		}
-		copyFile(t, self, exe)
-		cmd := exec.CommandContext(t.Context(), exe, "-test.run=^TestReadUnprivileged$")
-		cmd.Env = append(os.Environ(), helper+"=1")
-		cmd.Dir = "/"
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
-		var out bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &out, &out
-		if err := b.Node.Run(cmd); err != nil {
-			t.Fatalf("%v: %s", err, &out)
-		}
-		line := lineWith(out.String(), "error: ")
-		if !strings.Contains(line, "permission denied") || !strings.Contains(line, "NET_ADMIN") {
-			t.Errorf("with legacy tables %v, it said %q", legacy, out.String())
+		if got := boxtest.Again(t, b.Node); !strings.Contains(got, "permission denied") || !strings.Contains(got, "NET_ADMIN") {
+			t.Errorf("with legacy tables %v, it said %q", legacy, got)
 		}
 	}
-}
-
-// publicDir makes a directory that everybody may read, which t.TempDir's parent
-// forbids.
-func publicDir(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "natlens-test-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return dir
-}
-
-func copyFile(t *testing.T, from, to string) {
-	t.Helper()
-	data, err := os.ReadFile(from)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(to, data, 0o755); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func lineWith(text, prefix string) string {
-	for line := range strings.Lines(text) {
-		if strings.HasPrefix(line, prefix) {
-			return strings.TrimSpace(line)
-		}
-	}
-	return ""
 }
 
 // fake makes an Exec whose only programs are shell scripts, one per body.

@@ -77,6 +77,10 @@ func (k *Kernel) refreshLegacy(ctx context.Context) (*netfilter.Ruleset, error) 
 // Legacy tables do not tell.
 func (k *Kernel) Moved() bool { return k.nft.Moved() }
 
+// First names chains to look at before the others; see [NFT.First]. Legacy tables
+// are read as a whole.
+func (k *Kernel) First(chains []string) { k.nft.First(chains) }
+
 // Read returns what Refresh does, once.
 func (k *Kernel) Read(ctx context.Context) (*netfilter.Ruleset, error) {
 	var once Kernel

@@ -7,6 +7,7 @@ import (
 	"hash/maphash"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -132,9 +133,34 @@ func TestLegacyBlobs(t *testing.T) {
 					t.Fatal(err)
 				}
 				compareRules(t, mustParse(t, saved), &netfilter.Ruleset{Tables: []*netfilter.Table{table}})
+				if !compareHalves(t, f, blob) {
+					t.Error("it cannot be scanned by halves")
+				}
 			})
 		}
 	}
+}
+
+// compareHalves wants two halves to be scanned to what the whole is, and reports
+// whether they can be.
+func compareHalves(t *testing.T, f netfilter.Family, blob []byte) bool {
+	t.Helper()
+	d := legacyDecoder{legacyBlob: blobOf(f, blob), lay: legacyLayoutOf(f)}
+	hooks := d.hookEntries()
+	parts := d.scanHalves(hooks)
+	if parts == nil {
+		return false
+	}
+	var whole legacyPart
+	if err := d.scan(&whole, 0, len(d.entries), hooks); err != nil {
+		t.Errorf("the whole fails where its halves do not: %v", err)
+	}
+	a, b := parts[0], parts[1]
+	a.chains, a.names, a.hooks, a.count, a.ended = append(a.chains, b.chains...), append(a.names, b.names...), b.hooks, a.count+b.count, b.ended
+	if !reflect.DeepEqual(a, whole) {
+		t.Errorf("halves make %+v\nthe whole makes %+v", a, whole)
+	}
+	return true
 }
 
 // blobBuilder makes a table of its own, as iptables would.
@@ -504,6 +530,7 @@ func FuzzLegacyDecode(f *testing.F) {
 			t.Errorf("%d bytes printed of %d", len(text), len(blob))
 		}
 		refuzz(t, family, blob, table)
+		compareHalves(t, family, blob)
 		for _, c := range table.Chains() {
 			for i := range c.Len() {
 				brief(c, i)

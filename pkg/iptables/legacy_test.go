@@ -8,7 +8,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net/netip"
 	"os"
@@ -28,6 +27,7 @@ import (
 
 	"github.com/natlens/natlens/internal/kubeproxy"
 	"github.com/natlens/natlens/internal/nodebox"
+	"github.com/natlens/natlens/internal/nodebox/boxtest"
 	"github.com/natlens/natlens/pkg/netfilter"
 )
 
@@ -744,28 +744,7 @@ func TestLegacyCapabilities(t *testing.T) {
 		t.Fatal(err)
 	}
 	empty := newNode(t)
-	// A copy that everybody may run.
-	dir, err := os.MkdirTemp("", "natlens-legacy-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	program := filepath.Join(dir, "test")
-	self, err := os.Open("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer self.Close()
-	copied, err := os.OpenFile(program, os.O_CREATE|os.O_WRONLY, 0o755)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.Copy(copied, self); err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(copied.Close(), os.Chmod(dir, 0o755), os.Chmod(program, 0o755)); err != nil {
-		t.Fatal(err)
-	}
+	program := boxtest.Program(t)
 	const read = "CHILD read 382 rules"
 	type user = syscall.Credential
 	for name, c := range map[string]struct {
@@ -787,7 +766,7 @@ func TestLegacyCapabilities(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			cmd := exec.Command(program, "-test.run=^TestLegacyReadByChild$", "-test.v")
 			cmd.Dir = "/"
-			cmd.Env = append(os.Environ(), child+"="+c.keep, "GOCOVERDIR="+dir)
+			cmd.Env = append(os.Environ(), child+"="+c.keep, "GOCOVERDIR="+filepath.Dir(program))
 			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: c.as, AmbientCaps: c.caps}
 			var out bytes.Buffer
 			cmd.Stdout, cmd.Stderr = &out, &out

@@ -11,16 +11,7 @@ import (
 	"github.com/natlens/natlens/pkg/netfilter"
 )
 
-// attr makes an attribute of these parts.
-func attr(typ uint16, parts ...[]byte) []byte {
-	data := slices.Concat(parts...)
-	b := binary.NativeEndian.AppendUint16(nil, uint16(4+len(data)))
-	b = append(binary.NativeEndian.AppendUint16(b, typ), data...)
-	for len(b)%4 != 0 {
-		b = append(b, 0)
-	}
-	return b
-}
+func attr(typ uint16, parts ...[]byte) []byte { return nfnetlink.Append(nil, typ, parts...) }
 
 func be32(v uint32) []byte { return binary.BigEndian.AppendUint32(nil, v) }
 func be64(v uint64) []byte { return binary.BigEndian.AppendUint64(nil, v) }

@@ -25,6 +25,7 @@ import (
 
 	"github.com/natlens/natlens/internal/kubeproxy"
 	"github.com/natlens/natlens/internal/nodebox"
+	"github.com/natlens/natlens/internal/nodebox/boxtest"
 	"github.com/natlens/natlens/pkg/netfilter"
 )
 
@@ -470,8 +471,7 @@ func TestNFTCancelled(t *testing.T) {
 // TestNFTCapability reads as a user with the capability NET_ADMIN alone, and
 // as one without any.
 func TestNFTCapability(t *testing.T) {
-	const helper = "NATLENS_TEST_NFT"
-	if os.Getenv(helper) != "" {
+	if boxtest.IsAgain() {
 		rs, err := new(NFT).Read(context.Background())
 		if err != nil {
 			fmt.Printf("answer: %v (%v)\n", err, errors.Is(err, os.ErrPermission))
@@ -482,29 +482,15 @@ func TestNFTCapability(t *testing.T) {
 	}
 	b := newNode(t, nftPrograms...)
 	restore(t, b, nodebox.NFT, false, "x")
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	exe := filepath.Join(publicDir(t), "test")
-	copyFile(t, self, exe)
 	for _, c := range []struct {
 		caps []uintptr
 		want string
 	}{
-		{[]uintptr{unix.CAP_NET_ADMIN}, "answer: 1 rules, torn false"},
-		{nil, "answer: reading the kernel's nf_tables: permission denied: it needs the capability NET_ADMIN: operation not permitted (true)"},
+		{[]uintptr{unix.CAP_NET_ADMIN}, "1 rules, torn false"},
+		{nil, "reading the kernel's nf_tables: permission denied: it needs the capability NET_ADMIN: operation not permitted (true)"},
 	} {
-		cmd := exec.CommandContext(t.Context(), exe, "-test.run=^TestNFTCapability$")
-		cmd.Env, cmd.Dir = append(os.Environ(), helper+"=1"), "/"
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}, AmbientCaps: c.caps}
-		var out bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &out, &out
-		if err := b.Node.Run(cmd); err != nil {
-			t.Fatalf("%v: %s", err, &out)
-		}
-		if got := strings.TrimSpace(lineWith(out.String(), "answer: ")); got != c.want {
-			t.Errorf("with capabilities %v, it said %q, want %q", c.caps, out.String(), c.want)
+		if got := boxtest.Again(t, b.Node, c.caps...); got != c.want {
+			t.Errorf("with capabilities %v, it said %q, want %q", c.caps, got, c.want)
 		}
 	}
 }

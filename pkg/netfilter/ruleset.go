@@ -1,12 +1,13 @@
 package netfilter
 
 import (
+	"bytes"
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	mathbits "math/bits"
 	"net/netip"
 	"slices"
-	"sort"
 )
 
 // Backend is the kernel subsystem, and the layout in it, that a table stands in.
@@ -92,7 +93,9 @@ type BaseChain struct {
 }
 
 // BaseChains returns the chains of the family that hang on the hook, in the
-// order in which a packet meets them: by priority, then as the tables stand.
+// order in which a packet meets them: by priority, then as the tables stand. All
+// nat chains run where the kernel's nat does, whatever their priority, which only
+// orders them among themselves (nf_nat_inet_fn in net/netfilter/nf_nat_core.c).
 func (rs *Ruleset) BaseChains(f Family, h Hook) []BaseChain {
 	var out []BaseChain
 	for _, t := range rs.Tables {
@@ -105,8 +108,23 @@ func (rs *Ruleset) BaseChains(f Family, h Hook) []BaseChain {
 			}
 		}
 	}
-	sort.SliceStable(out, func(i, j int) bool { return out[i].Base.Priority < out[j].Base.Priority })
+	slices.SortStableFunc(out, func(a, b BaseChain) int {
+		return cmp.Or(cmp.Compare(a.Base.at(), b.Base.at()), cmp.Compare(a.Base.Type, b.Base.Type), cmp.Compare(a.Base.Priority, b.Base.Priority))
+	})
 	return out
+}
+
+// at returns the priority at which the kernel runs the chain (enum
+// nf_ip_hook_priorities).
+func (b *Base) at() int {
+	const destination, source = -100, 100
+	switch {
+	case b.Type != TypeNAT:
+		return b.Priority
+	case b.Hook == Prerouting || b.Hook == Output:
+		return destination
+	}
+	return source
 }
 
 // ChainID is the number of a chain's name within its table. A name has one as
@@ -149,6 +167,11 @@ func (t *Table) ID(name string) ChainID {
 	if id, ok := t.lookupID(name); ok {
 		return id
 	}
+	return t.number(name)
+}
+
+// number gives a new name its number.
+func (t *Table) number(name string) ChainID {
 	id := ChainID(len(t.names))
 	t.ownIDs()
 	t.ownChains()
@@ -175,6 +198,22 @@ func (t *Table) IDOf(name []byte) ChainID {
 		return id
 	}
 	return t.ID(string(name))
+}
+
+// IDsOf is IDOf for many names, of which it keeps one copy together.
+func (t *Table) IDsOf(names [][]byte) []ChainID {
+	all := string(bytes.Join(names, nil))
+	ids := make([]ChainID, len(names))
+	for i, name := range names {
+		var one string
+		one, all = all[:len(name)], all[len(name):]
+		id, ok := t.lookupID(one)
+		if !ok {
+			id = t.number(one)
+		}
+		ids[i] = id
+	}
+	return ids
 }
 
 // Find returns the number of the name in a buffer, if it has one already. It
@@ -289,7 +328,7 @@ func (t *Table) Digest() uint64 {
 		c := t.chains[id]
 		h.text(c.Name)
 		if c.Base != nil {
-			h.word(uint64(c.Base.Policy)<<32 | uint64(c.Base.Hook)<<16 | uint64(uint16(c.Base.Priority)))
+			h.word(uint64(c.Base.Type)<<40 | uint64(c.Base.Policy)<<32 | uint64(c.Base.Hook)<<16 | uint64(uint16(c.Base.Priority)))
 		}
 		for _, at := range c.starts {
 			h.word(uint64(at))
@@ -376,14 +415,16 @@ type Counter struct {
 // Chain is a list of rules. Readers build it with [Chain.Add] and [Chain.End];
 // after its table is published it does not change.
 type Chain struct {
+	// What walks need of a hundred thousand chains stands together.
+	ID     ChainID
+	family Family
+	starts []uint32 // start of each rule in exprs
+	exprs  []Expr
+
 	Name string
-	ID   ChainID
 	Base *Base // nil for a chain that only jumps enter
 
-	family  Family
 	version uint64
-	starts  []uint32 // start of each rule in exprs
-	exprs   []Expr
 	text    []byte    // pool of the texts that exprs point to
 	wide    []address // pool of IPv6 addresses and masks
 	counts  []Counter // one per rule, or nil when the source has none

@@ -29,10 +29,11 @@ const (
 // be missing or stand there twice (NLM_F_DUMP_INTR).
 var ErrInterrupted = errors.New("the rules changed during the dump")
 
-// Conn is a netlink connection to the nf_tables of one network namespace. Its
-// errors wrap the kernel's error number. Not safe for concurrent use.
+// Conn is a netlink connection to one of netfilter's subsystems, mostly nf_tables,
+// in one network namespace. Its errors wrap the kernel's error number. Not safe for concurrent use.
 type Conn struct {
 	fd      int
+	subsys  uint16 // NFNL_SUBSYS_*
 	seq     uint32
 	request []byte // reused
 	buf     []byte // reused
@@ -42,7 +43,7 @@ type Conn struct {
 // dial connects to the network namespace of the calling thread: the kernel ties
 // a socket to the namespace of the thread that makes it. Afterwards the Conn
 // may be used on any thread.
-func dial() (*Conn, error) {
+func dial(subsys uint16) (*Conn, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
 		return nil, fmt.Errorf("opening a netlink socket: %w", err)
@@ -56,8 +57,12 @@ func dial() (*Conn, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("bounding the wait on a netlink socket: %w", err)
 	}
-	return &Conn{fd: fd, buf: make([]byte, bufferSize)}, nil
+	return &Conn{fd: fd, subsys: subsys, buf: make([]byte, bufferSize)}, nil
 }
+
+// OpenConntrack connects to the connection tracking of the calling thread's
+// namespace. Whether the kernel has any, the first question tells.
+func OpenConntrack() (*Conn, error) { return dial(unix.NFNL_SUBSYS_CTNETLINK) }
 
 // Second returns another connection to the same namespace, for a second
 // goroutine. It is closed with this one.
@@ -72,8 +77,8 @@ func (c *Conn) Close() error {
 	return err
 }
 
-// Dump asks nf_tables for all objects of a kind (a GET of enum
-// nf_tables_msg_types) and of a family (NFPROTO_*) that the attributes name,
+// Dump asks for all objects of a kind (a GET of enum nf_tables_msg_types or
+// ctnl_msg_types) and of a family (NFPROTO_*) that the attributes name,
 // and calls each with the attributes of every one. They are valid during the
 // call only. Errors of each end the calls and are returned; ErrInterrupted is
 // returned behind the last call.
@@ -259,7 +264,7 @@ func (c *Conn) send(kind int, family uint8, flags uint16, attrs []byte) error {
 	c.seq++
 	native := binary.NativeEndian
 	b := native.AppendUint32(c.request[:0], uint32(messageHeader+netfilterHeader+len(attrs)))
-	b = native.AppendUint16(b, uint16(unix.NFNL_SUBSYS_NFTABLES<<8|kind))
+	b = native.AppendUint16(b, c.subsys<<8|uint16(kind))
 	b = native.AppendUint16(b, unix.NLM_F_REQUEST|flags)
 	b = native.AppendUint32(b, c.seq)
 	b = native.AppendUint32(b, 0)                  // from: the kernel fills it in

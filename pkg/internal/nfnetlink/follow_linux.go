@@ -206,7 +206,7 @@ func explain(err error) error {
 // Open connects to the calling thread's namespace; nil means that the kernel has
 // no nf_tables.
 func Open() (*Conn, error) {
-	conn, err := dial()
+	conn, err := dial(unix.NFNL_SUBSYS_NFTABLES)
 	if errors.Is(err, syscall.EPROTONOSUPPORT) { // a kernel without netfilter's netlink
 		return nil, nil
 	}
@@ -216,7 +216,7 @@ func Open() (*Conn, error) {
 	if ok, err := conn.supported(); err != nil || !ok {
 		return nil, errors.Join(err, conn.Close())
 	}
-	if conn.second, err = dial(); err != nil {
+	if conn.second, err = dial(unix.NFNL_SUBSYS_NFTABLES); err != nil {
 		return nil, errors.Join(err, conn.Close())
 	}
 	return conn, nil

@@ -1,8 +1,9 @@
 // Package nfnetlink asks the kernel about netfilter over netlink
-// (NETLINK_NETFILTER): the part that every reader of nf_tables needs, and no
-// more.
+// (NETLINK_NETFILTER): the part that every reader of nf_tables and of conntrack
+// needs, and no more.
 //
 //	Read ──▶ Conn ──Dump, Get──▶ attributes of each message ──Next, Collect──▶ reader
+//	         Listener ──Receive──▶
 //
 // A [Conn] only asks. It has no way to send a batch, which is what changes
 // rules, and its callers send no *_RESET message, which would zero counters.
@@ -57,20 +58,39 @@ func Collect(b []byte, into [][]byte) bool {
 	return whole
 }
 
+// Append appends an attribute that holds the parts, one after the other, with the
+// bytes behind it that align the next.
+func Append(b []byte, typ uint16, parts ...[]byte) []byte {
+	start := len(b)
+	b = appendHeader(b, typ)
+	for _, p := range parts {
+		b = append(b, p...)
+	}
+	return closeAttr(b, start)
+}
+
 // AppendString appends an attribute that holds a text, with the zero byte that
 // the kernel wants behind it.
 func AppendString(b []byte, typ uint16, s string) []byte {
-	n := attrHeader + len(s) + 1
-	b = binary.NativeEndian.AppendUint16(b, uint16(n))
-	b = binary.NativeEndian.AppendUint16(b, typ)
-	b = append(append(b, s...), 0)
+	start := len(b)
+	return closeAttr(append(append(appendHeader(b, typ), s...), 0), start)
+}
+
+func appendHeader(b []byte, typ uint16) []byte {
+	return binary.NativeEndian.AppendUint16(append(b, 0, 0), typ)
+}
+
+// closeAttr fills in the length of the attribute that began at start.
+func closeAttr(b []byte, start int) []byte {
+	n := len(b) - start
+	binary.NativeEndian.PutUint16(b[start:], uint16(n))
 	for range align(n) - n {
 		b = append(b, 0)
 	}
 	return b
 }
 
-// Uint32 reads a number of nf_tables, which are big endian; ok is false when
+// Uint32 reads a number of netfilter, which are big endian; ok is false when
 // the attribute is missing or not of that length.
 func Uint32(b []byte) (v uint32, ok bool) {
 	if len(b) != 4 {
