@@ -97,7 +97,7 @@ func examineFiles(ctx context.Context, src source) (*doctor.Report, error) {
 	for _, t := range direct.Tables {
 		if t.Backend == netfilter.BackendNFTables {
 			sets = append(sets, &netfilter.Ruleset{Tables: []*netfilter.Table{t}})
-			r.Notes = append(r.Notes, fmt.Sprintf("table %s of %v is nftables mode's: what was parsed cannot be printed as nft -j, and is not compared", t.Name, t.Family))
+			r.Notes = append(r.Notes, fmt.Sprintf("table %s of %v is not of iptables: what was parsed cannot be printed as nft -j, and is not compared", t.Name, t.Family))
 		}
 	}
 	other, err := netfilter.Merge(sets...)

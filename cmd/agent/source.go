@@ -160,6 +160,10 @@ func parse(r io.Reader, name string) (*netfilter.Ruleset, error) {
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("reading %s: %w", name, err)
 	}
+	if mark := []byte("\ufeff"); bytes.HasPrefix(start, mark) { // an editor of Windows was here
+		_, _ = b.Discard(len(mark)) // peeked at above
+		start = start[len(mark):]
+	}
 	switch start = bytes.TrimSpace(start); {
 	case bytes.HasPrefix(start, []byte("{")):
 		return nftables.Parse(b, name)

@@ -69,6 +69,9 @@ const (
 	Differs    = "differs"
 	OnlyDirect = "only the direct reader tells it"
 	OnlyOther  = "only the other reader tells it"
+	// NotCompared is said of other programs' tables: of an expression that kube-proxy
+	// does not use, each reader keeps a text of its own.
+	NotCompared = "not compared: another program's own"
 )
 
 // Compare compares two rulesets rule by rule, and fills in the report. Counters
@@ -78,6 +81,8 @@ func (r *Report) Compare(direct, other *netfilter.Ruleset) {
 		row := tableOf(t)
 		twin := find(other, t)
 		switch {
+		case isForeign(t):
+			row.Compared = NotCompared
 		case twin == nil && emptyTable(t):
 			row.Compared = Same // iptables-nft-save prints no table without rules
 		case twin == nil:
@@ -90,10 +95,12 @@ func (r *Report) Compare(direct, other *netfilter.Ruleset) {
 			}
 		}
 		r.Tables = append(r.Tables, row)
-		r.undecoded(t)
+		if row.Compared != NotCompared {
+			r.undecoded(t)
+		}
 	}
 	for _, t := range other.Tables {
-		if find(direct, t) == nil && !emptyTable(t) {
+		if find(direct, t) == nil && !emptyTable(t) && !isForeign(t) {
 			row := tableOf(t)
 			row.Compared = OnlyOther
 			r.Tables = append(r.Tables, row)
@@ -106,7 +113,12 @@ func (r *Report) Compare(direct, other *netfilter.Ruleset) {
 	}
 	slices.Sort(r.Problems)
 	slices.SortFunc(r.Undecoded, func(a, b Undecoded) int { return cmp.Or(b.Count-a.Count, strings.Compare(a.Name, b.Name)) })
-	r.Agree = len(r.Problems) == 0 && !slices.ContainsFunc(r.Tables, func(t Table) bool { return t.Compared != Same })
+	r.Agree = len(r.Problems) == 0 && !slices.ContainsFunc(r.Tables, func(t Table) bool { return t.Compared != Same && t.Compared != NotCompared })
+}
+
+// isForeign reports whether a table is another program's own.
+func isForeign(t *netfilter.Table) bool {
+	return t.Backend == netfilter.BackendNFTables && t.Name != "kube-proxy"
 }
 
 func tableOf(t *netfilter.Table) Table {

@@ -22,6 +22,11 @@ func Discover() (chain.Node, error) {
 		return chain.Node{}, fmt.Errorf("reading this node's addresses: %w", err)
 	}
 	n := chain.Node{NoRouteLocalnet: !routeLocalnet()}
+	for _, name := range chain.TellingLinks {
+		if _, err := net.InterfaceByName(name); err == nil {
+			n.Links = append(n.Links, name)
+		}
+	}
 	for _, a := range addrs {
 		p, err := netip.ParsePrefix(a.String())
 		// An IPv6 link-local address is no Service's, and each pod's interface has

@@ -20,6 +20,7 @@ import (
 	"github.com/natlens/natlens/pkg/chain"
 	"github.com/natlens/natlens/pkg/iptables"
 	"github.com/natlens/natlens/pkg/netfilter"
+	"github.com/natlens/natlens/pkg/nftables"
 )
 
 // The tests in this file hold what chain reads out of recorded rules against
@@ -294,6 +295,26 @@ func wantFindings(t *testing.T, p *chain.Programmed, want []string) {
 			t.Errorf("finding missing: %s", what)
 		}
 	}
+}
+
+// A rule put by hand before those of a Service is that Service's, and hides
+// none of the others.
+func TestRuleInFront(t *testing.T) {
+	o := readObjects(t)
+	text := alter(t, recorded(t, "v1.35.4-iptables.save"), `"shop/lb cluster IP" -m tcp --dport 80 -j KUBE-MARK-MASQ`,
+		"-A KUBE-SVC-EQPZH4W7LN3ZNZNG ", "-A KUBE-SVC-EQPZH4W7LN3ZNZNG -s 10.52.0.0/16 -j RETURN\n-A KUBE-SVC-EQPZH4W7LN3ZNZNG ")
+	wantFindings(t, chain.NewView(parse(t, text), o.node()).Services(), []string{"shop/lb ForeignRule", "shop/lb FallThrough"})
+
+	const name = "service-7N5376TV-shop/zones/tcp/"
+	const rule = `{"rule": {"family": "ip", "table": "kube-proxy", "chain": "` + name + `", "handle": `
+	const foreign = rule + `9999, "expr": [
+		{"match": {"op": "==", "left": {"payload": {"protocol": "ip", "field": "saddr"}}, "right": {"prefix": {"addr": "10.52.0.0", "len": 16}}}}, {"return": null}]}}, `
+	text = strings.Replace(recorded(t, "v1.35.4-nftables.nft.json"), rule, foreign+rule, 1)
+	rs, err := nftables.Parse(strings.NewReader(text), "altered.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantFindings(t, chain.NewView(rs, o.node()).Services(), []string{"shop/zones ForeignRule"})
 }
 
 // Without kubelet's rules, each class that a v1.23 would drop is told of.

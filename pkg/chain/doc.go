@@ -9,7 +9,8 @@
 //     as the kernel does: raw, then nat until one chain has decided on an
 //     address, then the filters on the rewritten packet, then nat for the
 //     source. A statistic rule splits the packet's share (share.go); what a
-//     chain does not take goes on in its caller.
+//     chain does not take goes on in its caller. Behind nat, what rules cannot
+//     tell apart takes one exit (exit.go).
 //  3. A match that cannot be decided (match.go) is tried both ways: the walk is
 //     repeated for each combination, and the answer has bounds.
 //  4. Trace shows one packet with every rule on its way (trace.go). Services

@@ -21,7 +21,7 @@ const (
 	MasqueradeMissing    Code = "MasqueradeMissing"    // marked for masquerading, but it does not happen
 	ForeignRule          Code = "ForeignRule"          // a rule that kube-proxy does not write decides
 	NotTracked           Code = "NotTracked"           // taken out of conntrack, so that nat is never asked
-	BackendConflict      Code = "BackendConflict"      // both iptables backends hold Services
+	BackendConflict      Code = "BackendConflict"      // two of kube-proxy's backends or modes hold Services
 	UnknownMatch         Code = "UnknownMatch"         // the answer depends on a match that cannot be decided
 	RulesUnreadable      Code = "RulesUnreadable"      // rules exist that cannot be read
 	ProxyModeUnsupported Code = "ProxyModeUnsupported" // Services are handled elsewhere than in these rules
@@ -140,6 +140,8 @@ func (v *View) find(p *Programmed, d *discovery, last *Programmed, known *change
 	node.missing()
 	if len(p.Services) == 0 {
 		node.nothing()
+	} else {
+		node.besides()
 	}
 	for _, e := range d.entries {
 		if e.clean {
@@ -153,11 +155,19 @@ func (v *View) find(p *Programmed, d *discovery, last *Programmed, known *change
 	}
 	for _, c := range d.clashes {
 		s := &p.Services[c.first.number]
-		f := &finder{view: v, out: &s.Findings, service: &s.ServicePort, about: frontendText(c.first.front)}
+		f := &finder{view: v, out: &s.Findings, service: &s.ServicePort, about: c.first.front.String()}
 		f.add(FrontendConflict, Warning, []RuleRef{c.first.rule, c.rule},
-			"%s is also a frontend of %s: the first rule wins, and which that is may change with every sync", frontendText(c.first.front), c.other)
+			"%s is also a frontend of %s: the first rule wins, and which that is may change with every sync", c.first.front.String(), c.other)
 	}
 	v.scanChains(&owners{node: node, programmed: p, entries: d.entries}, last, known)
+}
+
+// finds returns how many findings there are about a frontend at most: what is not
+// on every way to Services may explain some.
+func (v *View) finds(e *entry) int {
+	var found []Finding
+	(&finder{view: v, out: &found}).frontend(e, nil)
+	return len(found)
 }
 
 // finder collects findings about one Service, or about the node.
@@ -170,6 +180,7 @@ type finder struct {
 }
 
 func (f *finder) add(code Code, s Severity, rules []RuleRef, format string, args ...any) {
+	rules = slices.DeleteFunc(slices.Clone(rules), func(r RuleRef) bool { return r.Chain == nil }) // of an entry that no rule asks
 	one := Finding{Code: code, Severity: s, Service: f.service, About: f.about, Message: fmt.Sprintf(format, args...), Rules: rules}
 	for _, other := range *f.out {
 		if other.Code == one.Code && other.Message == one.Message {
@@ -179,18 +190,14 @@ func (f *finder) add(code Code, s Severity, rules []RuleRef, format string, args
 	*f.out = append(*f.out, one)
 }
 
-func frontendText(f Frontend) string {
-	if f.Type == NodePort {
-		return fmt.Sprintf("NodePort %d", f.Port)
-	}
-	return fmt.Sprintf("%s %s", f.Type, netip.AddrPortFrom(f.Address, f.Port))
-}
-
 func percent(share float64) string { return fmt.Sprintf("%.4g%%", 100*share) }
 
 // dispatch returns the rules that lead to a frontend's endpoints, as evidence:
 // the one that names the frontend, and the first of the chain it enters.
 func (e *entry) dispatch() []RuleRef {
+	if e.rule.Chain == nil {
+		return nil // its element is in a map of nftables that no rule asks
+	}
 	const most = 16
 	rules := []RuleRef{e.rule}
 	if e.target != nil {
@@ -203,7 +210,7 @@ func (e *entry) dispatch() []RuleRef {
 
 // frontend judges the routes of one frontend.
 func (f *finder) frontend(e *entry, missing map[Class]bool) {
-	name := frontendText(e.front)
+	name := e.front.String()
 	f.about = name
 	for _, l := range e.facts.fell {
 		l.classes = slices.DeleteFunc(l.classes, func(c Class) bool { return missing[c] })
@@ -319,7 +326,11 @@ func (f *finder) shares(name string, e *entry, r Route) {
 func (f *finder) unreadable() {
 	for _, u := range f.view.rules.Unreadable {
 		f.about = fmt.Sprintf("table %s of %v", u.Table, u.Family)
-		f.add(RulesUnreadable, Error, nil, "table %q of %v cannot be read: %s", u.Table, u.Family, u.Reason)
+		severity := Error
+		if u.Backend == netfilter.BackendNFTables { // another program's, which may have nothing to do with Services
+			severity = Warning
+		}
+		f.add(RulesUnreadable, severity, nil, "table %q of %v cannot be read: %s", u.Table, u.Family, u.Reason)
 	}
 	for _, fv := range f.view.family {
 		if fv == nil {

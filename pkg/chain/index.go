@@ -89,6 +89,11 @@ func (x *index) rules(c *netfilter.Chain, dst netip.Addr, p netfilter.Protocol, 
 	}
 }
 
+// has reports whether any rule asks for the destination.
+func (x *index) has(to netip.AddrPort, p netfilter.Protocol) bool {
+	return x.head(key{to.Addr(), to.Port(), p}) >= 0 || x.head(key{port: to.Port(), protocol: p}) >= 0
+}
+
 func (x *index) head(k key) int32 {
 	if i, ok := x.first[k]; ok {
 		return i

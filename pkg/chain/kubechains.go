@@ -53,11 +53,12 @@ func kind(table, chain string) (own, bool) {
 	if table == "kube-proxy" && !strings.Contains(rest, "/") {
 		return own{}, false // not of a Service
 	}
+	end := len(prefix)
 	if prefix == "KUBE" {
 		more, _, _ := strings.Cut(rest, "-")
-		prefix += "-" + more
+		end += 1 + len(more)
 	}
-	o, ok := kubeChains[table][prefix+"-"]
+	o, ok := kubeChains[table][chain[:min(end+1, len(chain))]]
 	return o, ok
 }
 
@@ -69,12 +70,16 @@ type owners struct {
 	byHash     map[string]*Service // made when first needed, as most often nothing is found
 	endpoints  map[string]*Service // by the name of a KUBE-SEP chain; the same
 	asked      int
+	probing    bool // only asked is wanted
 }
 
 // finder returns what collects findings about a chain. It is asked only when
 // there is one.
 func (o *owners) finder(c *netfilter.Chain) *finder {
 	o.asked++
+	if o.probing {
+		return &finder{out: &[]Finding{}}
+	}
 	if o.byHash == nil {
 		o.byHash = map[string]*Service{}
 		for _, e := range o.entries {
@@ -123,21 +128,41 @@ func (v *View) scanChains(owners *owners, last *Programmed, known *changes) {
 		if t.Lookup("KUBE-NODE-PORT") != nil {
 			continue // ipvs mode, which writes other rules into chains of the same names
 		}
-		for _, c := range t.Chains() {
-			if known != nil && !known.concernChain(n, c) && !last.memory.odd[n][c.ID] {
-				continue
-			}
-			asked := owners.asked
+		for _, c := range suspects(t, func(c *netfilter.Chain) bool {
+			return known == nil || known.concernChain(n, c) || last.memory.odd[n][c.ID]
+		}) {
+			odd[c.ID] = true
 			scanChain(owners, t, c)
-			if owners.asked > asked {
-				odd[c.ID] = true
-			}
 		}
 		if t.Name == "nat" {
 			unreferenced(owners, t)
 			unmasqueraded(owners, t)
 		}
 	}
+}
+
+// suspects returns the chains that there is a finding about, of those that may be
+// looked at.
+func suspects(t *netfilter.Table, look func(*netfilter.Chain) bool) []*netfilter.Chain {
+	chains := t.Chains()
+	odd := make([]bool, len(chains))
+	const least = 1024
+	share(len(chains), least, func(first, step int) {
+		for i := first; i < len(chains); i += step {
+			if look(chains[i]) {
+				probe := owners{probing: true}
+				scanChain(&probe, t, chains[i])
+				odd[i] = probe.asked > 0
+			}
+		}
+	})
+	var out []*netfilter.Chain
+	for i, c := range chains {
+		if odd[i] {
+			out = append(out, c)
+		}
+	}
+	return out
 }
 
 // scanChain looks at one chain.
@@ -171,7 +196,7 @@ func unreferenced(owners *owners, t *netfilter.Table) {
 	for _, c := range t.Chains() {
 		for i := range c.Len() {
 			if rule := c.Rule(i); len(rule) > 0 {
-				if e := rule[len(rule)-1]; e.Kind == netfilter.Jump || e.Kind == netfilter.Goto {
+				if e := rule[len(rule)-1]; e.Kind == netfilter.Jump || e.Kind == netfilter.Goto || e.Kind == netfilter.UnknownTarget {
 					used[e.A] = true
 				}
 			}
@@ -208,8 +233,7 @@ func unmasqueraded(owners *owners, t *netfilter.Table) {
 		if c == nil || c.Len() == 0 || !strings.HasPrefix(c.Name, "KUBE-SVC-") && !strings.HasPrefix(c.Name, "KUBE-SVL-") {
 			continue
 		}
-		first := c.Rule(0)
-		if e := first[max(0, len(first)-1):]; len(e) == 1 && e[0].Kind == netfilter.Jump && netfilter.ChainID(e[0].A) == mark.ID {
+		if jumpsTo(c, mark) {
 			with = append(with, c)
 		} else {
 			without = append(without, c)
@@ -223,6 +247,29 @@ func unmasqueraded(owners *owners, t *netfilter.Table) {
 	}
 }
 
+// masquerades reports whether any rule of a chain does, or leads to one that may.
+func masquerades(c *netfilter.Chain) bool {
+	for i := range c.Len() {
+		for _, e := range c.Rule(i) {
+			if e.Kind == netfilter.Masquerade || e.Kind == netfilter.SNAT || e.Kind == netfilter.Jump || e.Kind == netfilter.Goto || e.Kind == netfilter.UnknownTarget {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// jumpsTo reports whether any rule of a chain jumps to another.
+func jumpsTo(c, to *netfilter.Chain) bool {
+	for i := range c.Len() {
+		rule := c.Rule(i)
+		if e := rule[max(0, len(rule)-1):]; len(e) == 1 && e[0].Kind == netfilter.Jump && netfilter.ChainID(e[0].A) == to.ID {
+			return true
+		}
+	}
+	return false
+}
+
 // missing reports parts of kube-proxy's rules that are gone while others are
 // there, as after a flush by hand.
 func (f *finder) missing() {
@@ -231,6 +278,10 @@ func (f *finder) missing() {
 			if c := t.Lookup("KUBE-MARK-MASQ"); c != nil && c.Len() == 0 {
 				f.about = "KUBE-MARK-MASQ of " + t.Family.String()
 				f.add(MasqueradeMissing, Error, nil, "KUBE-MARK-MASQ of %v is empty: nothing is masqueraded any more, and answers may not find their way back", t.Family)
+			}
+			if c := t.Lookup("KUBE-POSTROUTING"); c != nil && c.Len() > 0 && !masquerades(c) {
+				f.about = "KUBE-POSTROUTING of " + t.Family.String()
+				f.add(MasqueradeMissing, Error, []RuleRef{{t, c, c.Len() - 1}}, "KUBE-POSTROUTING of %v has lost its MASQUERADE: nothing is masqueraded any more, and answers may not find their way back", t.Family)
 			}
 		}
 		if t.Name != "filter" || t.Lookup("KUBE-FORWARD") == nil || t.Lookup("KUBE-FORWARD").Len() == 0 {
@@ -400,43 +451,5 @@ func hairpin(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 			}
 			return
 		}
-	}
-}
-
-// nothing says why no Service was found, as far as the rules tell.
-func (f *finder) nothing() {
-	has := func(match func(name string) bool) bool {
-		for _, t := range f.view.rules.Tables {
-			for _, c := range t.Chains() {
-				if match(c.Name) {
-					return true
-				}
-			}
-		}
-		return false
-	}
-	prefix := func(p string) bool {
-		return has(func(name string) bool { return strings.HasPrefix(name, p) })
-	}
-	named := func(n string) bool { return has(func(name string) bool { return name == n }) }
-	switch {
-	case named("KUBE-NODE-PORT"):
-		f.add(ProxyModeUnsupported, Warning, nil, "kube-proxy runs in ipvs mode: the kernel's IPVS balances Services, and the shares are not in netfilter (see ipvsadm -Ln)")
-	case prefix("CILIUM_"):
-		f.add(ProxyModeUnsupported, Warning, nil, "Cilium handles Services in eBPF: the shares are not in netfilter (see cilium-dbg service list)")
-	case prefix("OVN-KUBE-"):
-		f.add(ProxyModeUnsupported, Warning, nil, "OVN-Kubernetes handles Services in OVN load balancers: the shares are not in netfilter (see ovn-nbctl lb-list)")
-	case prefix("ANTREA-") && !named("KUBE-SERVICES"):
-		f.add(ProxyModeUnsupported, Warning, nil, "Antrea handles Services in Open vSwitch: the shares are not in netfilter (see antctl get ovsflows)")
-	case named("KUBE-SERVICES"), slices.ContainsFunc(f.view.rules.Tables, isNFTables):
-		f.add(ProxyModeUnsupported, Error, nil, "kube-proxy's chains are there, but hold no Service: it has not finished its first sync, cannot reach the API server, or its rules were flushed; or no Service has an address of this family")
-	case prefix("cali-"):
-		f.add(ProxyModeUnsupported, Warning, nil, "no chain of kube-proxy is there: with Calico, the eBPF dataplane probably handles Services")
-	case prefix("KUBE-ROUTER-"):
-		f.add(ProxyModeUnsupported, Warning, nil, "no chain of kube-proxy is there: with kube-router, IPVS probably handles Services (see ipvsadm -Ln)")
-	case prefix("KUBE-"):
-		f.add(ProxyModeUnsupported, Error, nil, "only kubelet's chains are there: kube-proxy is not running, writes to the other iptables backend or in nftables mode, or something else handles Services")
-	default:
-		f.add(ProxyModeUnsupported, Error, nil, "no chain of Kubernetes is there: no kube-proxy writes to these tables, or this is not the network namespace of the node")
 	}
 }

@@ -28,6 +28,9 @@ func is(b bool) answer {
 // asked here: they split.
 func (r *run) decide(t *netfilter.Table, c *netfilter.Chain, e netfilter.Expr, s *state) answer {
 	a := r.ask(t, c, e, s)
+	if r.exit != nil {
+		r.asked(question{table: t, chain: c, expr: e}, a)
+	}
 	if e.Negated() && a != unknown {
 		return is(a == no)
 	}
@@ -86,9 +89,7 @@ func (r *run) ask(t *netfilter.Table, c *netfilter.Chain, e netfilter.Expr, s *s
 		case set.Opaque:
 			return unknown
 		}
-		k := r.setKey(e, s)
-		r.trail.lookups = append(r.trail.lookups, lookup{table: r.table.number, set: e.A, key: k})
-		_, ok := set.Lookup(k)
+		_, ok := r.lookUp(t, e, s)
 		return is(ok)
 	case netfilter.BridgePort:
 		if r.packet.FromHost {

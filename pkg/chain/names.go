@@ -1,6 +1,7 @@
 package chain
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/base32"
 	"net/netip"
@@ -24,6 +25,11 @@ func (s ServicePort) String() string {
 		return s.Namespace + "/" + s.Name
 	}
 	return s.Namespace + "/" + s.Name + ":" + s.Port
+}
+
+// Compare orders Service ports as [Programmed] lists them.
+func (s ServicePort) Compare(o ServicePort) int {
+	return cmp.Or(cmp.Compare(s.Namespace, o.Namespace), cmp.Compare(s.Name, o.Name), cmp.Compare(s.Port, o.Port), cmp.Compare(s.Protocol, o.Protocol))
 }
 
 // hash is the part of a chain's name behind its prefix

@@ -2,6 +2,7 @@ package chain
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -37,7 +38,12 @@ type Node struct {
 	// NoRouteLocalnet says that the sysctl route_localnet is off, so that the
 	// kernel drops what nat sends from 127.0.0.0/8 off the loopback interface.
 	NoRouteLocalnet bool
+	// Links are the interfaces of the node that are among [TellingLinks], sorted.
+	// They only serve to say who handles Services, if not these rules.
+	Links []string
 }
+
+func (n *Node) hasLink(name string) bool { return slices.Contains(n.Links, name) }
 
 // isLocal reports whether the node's routing table calls an address LOCAL.
 func (n *Node) isLocal(a netip.Addr) bool {

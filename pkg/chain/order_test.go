@@ -73,6 +73,35 @@ func TestTwoBackends(t *testing.T) {
 	}
 }
 
+// TestTwoModes has what a kube-proxy of the other mode left behind: it is reported
+// once for each family that both hold.
+func TestTwoModes(t *testing.T) {
+	for name, c := range map[string]struct {
+		iptables string
+		want     int
+	}{
+		"both hold Services": {sendingTo("10.0.0.1:80"), 1},
+		"kubelet's alone":    {"-A PREROUTING -d 172.17.0.0/16 -j ACCEPT\n", 0},
+		"no hook":            {strings.ReplaceAll(sendingTo("10.0.0.1:80"), "-j KUBE-SERVICES\n", "-j ACCEPT\n"), 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rs, err := netfilter.Merge(parseNFT(t, "v1.37.2-nftables.nft.json"), backend(t, "nf_tables", c.iptables))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var found []string
+			for _, f := range chain.NewView(rs, chain.Node{}).Services().Findings {
+				if f.Code == chain.BackendConflict {
+					found = append(found, f.Message)
+				}
+			}
+			if len(found) != c.want || c.want > 0 && !strings.HasPrefix(found[0], "nftables and iptables-nft both hold Services of ipv4") {
+				t.Errorf("conflicts %q, want %d", found, c.want)
+			}
+		})
+	}
+}
+
 func wholeOrNone(s chain.Share) string {
 	switch {
 	case s.IsZero():

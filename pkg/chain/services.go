@@ -2,6 +2,7 @@ package chain
 
 import (
 	"cmp"
+	"fmt"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -57,6 +58,15 @@ type Frontend struct {
 	// Routes say what becomes of connections. Source classes with the same
 	// answer share one; those for particular Sources come last.
 	Routes []Route
+}
+
+// String returns "ClusterIP 10.56.11.169:80" or "NodePort 30679", which is what
+// findings are About.
+func (f Frontend) String() string {
+	if f.Type == NodePort {
+		return fmt.Sprintf("NodePort %d", f.Port)
+	}
+	return fmt.Sprintf("%s %s", f.Type, netip.AddrPortFrom(f.Address, f.Port))
 }
 
 // Route is what becomes of connections from some sources.
@@ -138,23 +148,18 @@ func (v *View) Update(last *Programmed) *Programmed {
 			}
 		}
 	}
-	workers := min(runtime.GOMAXPROCS(0), max(1, len(anew)/64))
-	var wg sync.WaitGroup
-	for w := range workers {
-		wg.Go(func() {
-			res := &resolver{view: v, run: run{splits: splits{}}}
-			for i := w; i < len(anew); i += workers {
-				res.resolve(anew[i])
-			}
-		})
-	}
-	wg.Wait()
+	share(len(anew), 64, func(first, step int) {
+		res := &resolver{view: v, run: run{splits: splits{}, exits: exits{}, tracks: v.newTracks()}}
+		for i := first; i < len(anew); i += step {
+			res.resolve(anew[i])
+			anew[i].clean = v.finds(anew[i]) == 0
+		}
+	})
 
 	p := &Programmed{memory: memory{view: v, entries: d.at}}
 	slices.SortStableFunc(d.entries, func(a, b *entry) int {
 		return cmp.Or(
-			cmp.Compare(a.service.Namespace, b.service.Namespace), cmp.Compare(a.service.Name, b.service.Name),
-			cmp.Compare(a.service.Port, b.service.Port), cmp.Compare(a.service.Protocol, b.service.Protocol),
+			a.service.Compare(b.service),
 			cmp.Compare(frontendOrder[a.front.Type], frontendOrder[b.front.Type]),
 			cmp.Compare(a.front.Family, b.front.Family), a.front.Address.Compare(b.front.Address),
 			cmp.Compare(a.front.Port, b.front.Port))
@@ -171,6 +176,37 @@ func (v *View) Update(last *Programmed) *Programmed {
 	}
 	v.find(p, d, last, known)
 	return p
+}
+
+// share has n things done by all processors: each does those from first on, step
+// by step. A processor more is worth its start for least things.
+func share(n, least int, do func(first, step int)) {
+	workers := min(runtime.GOMAXPROCS(0), max(1, n/least))
+	var wg sync.WaitGroup
+	for w := range workers {
+		wg.Go(func() { do(w, workers) })
+	}
+	wg.Wait()
+}
+
+// Service returns a Service port; nil when the rules do not have it.
+func (p *Programmed) Service(port ServicePort) *Service {
+	i, ok := slices.BinarySearchFunc(p.Services, port, func(s Service, port ServicePort) int { return s.Compare(port) })
+	if !ok {
+		return nil
+	}
+	return &p.Services[i]
+}
+
+// Rules returns the rules that a frontend rests on: the one that names it, and
+// the first of the chain that it enters. They are in the ruleset that p was
+// worked out of.
+func (p *Programmed) Rules(f Frontend, protocol netfilter.Protocol) []RuleRef {
+	e := p.memory.entries[frontKey{f.Family, f.Address, f.Port, protocol}]
+	if e == nil {
+		return nil
+	}
+	return e.dispatch()
 }
 
 var frontendOrder = map[FrontendType]int{ClusterIP: 0, ExternalIP: 1, LoadBalancer: 2, NodePort: 3}
@@ -390,6 +426,11 @@ func chainHash(name string) string {
 			return h
 		}
 	}
+	for _, prefix := range []string{"service-", "local-", "external-", "firewall-"} { // service-ULMVA6XW-ns/name/tcp/port
+		if h, ok := strings.CutPrefix(name, prefix); ok && len(h) > 8 && h[8] == '-' {
+			return h
+		}
+	}
 	return ""
 }
 
@@ -433,8 +474,8 @@ type resolver struct {
 // resolve walks a frontend for every source class, and for every source range
 // that the rules on the way single out.
 func (x *resolver) resolve(e *entry) {
-	x.run.trail = trail{x.run.trail.chains[:0], x.run.trail.dests[:0], x.run.trail.lookups[:0]}
-	defer func() { e.trail = x.run.trail.keep(e.routes) }()
+	x.run.tracks.begin()
+	defer func() { e.trail = x.run.tracks.trail(e.routes) }()
 	to := netip.AddrPortFrom(e.front.Address, e.front.Port)
 	if e.front.Type == NodePort {
 		to = netip.AddrPortFrom(x.nodeAddress(e.front), e.front.Port)

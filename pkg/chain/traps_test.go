@@ -663,6 +663,13 @@ func TestTraps(t *testing.T) {
 			want("a ClusterIP pod,node,external: dnat 1=0.5 2=0.5", "! HookJumpMissing", "! a MasqueradeMissing"),
 		},
 		{
+			"the mark taken off, and nothing masqueraded", []string{usual(),
+				`*nat
+-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+-A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0`},
+			want("a ClusterIP pod,node,external: dnat 1=0.5 2=0.5", "! MasqueradeMissing"),
+		},
+		{
 			// What another program masquerades first, kube-proxy need not.
 			"another SNAT first", []string{"*nat\n-A POSTROUTING -s 10.244.0.0/16 ! -d 10.96.0.0/16 -j MASQUERADE", usual()},
 			"a ClusterIP pod,node,external: dnat masq 1=0.5 2=0.5",

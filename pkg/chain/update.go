@@ -1,7 +1,6 @@
 package chain
 
 import (
-	"cmp"
 	"hash/maphash"
 	"maps"
 	"net/netip"
@@ -44,11 +43,56 @@ type lookup struct {
 	whole bool // all its keys matter
 }
 
-// keep returns a copy of the trail that takes little memory.
-func (t *trail) keep(routes []Route) trail {
-	slices.SortFunc(t.chains, func(a, b chainAt) int { return cmp.Or(cmp.Compare(a.table, b.table), cmp.Compare(a.chain, b.chain)) })
-	var out trail
-	out.chains = slices.Clip(slices.Clone(slices.Compact(t.chains)))
+// tracks are those of the walks to the frontend at hand, of which its trail is
+// made.
+type tracks struct {
+	chains  []chainAt
+	dests   []netip.AddrPort
+	lookups []lookup
+	met     [][]uint32 // of each table, by chain: the round in which it was entered last
+	round   uint32     // the number of the frontend
+}
+
+func (v *View) newTracks() *tracks {
+	t := &tracks{met: make([][]uint32, len(v.rules.Tables))}
+	for i, table := range v.rules.Tables {
+		t.met[i] = make([]uint32, table.NameCount())
+	}
+	return t
+}
+
+// begin is for the next frontend.
+func (t *tracks) begin() {
+	t.chains, t.dests, t.lookups = t.chains[:0], t.dests[:0], t.lookups[:0]
+	t.round++
+}
+
+func (t *tracks) enter(at chainAt) {
+	if t == nil {
+		return
+	}
+	if met := &t.met[at.table][at.chain]; *met != t.round {
+		*met = t.round
+		t.chains = append(t.chains, at)
+	}
+}
+
+// reach notes a destination with which a long chain is asked.
+func (t *tracks) reach(to netip.AddrPort) {
+	if t != nil && (len(t.dests) == 0 || t.dests[len(t.dests)-1] != to) {
+		t.dests = append(t.dests, to)
+	}
+}
+
+func (t *tracks) ask(l lookup) {
+	if t != nil {
+		t.lookups = append(t.lookups, l)
+	}
+}
+
+// trail returns a copy that takes little memory.
+func (t *tracks) trail(routes []Route) trail {
+	out := trail{chains: slices.Clip(slices.Clone(t.chains))}
 	for _, d := range t.dests {
 		known := slices.Contains(out.dests, d) || slices.ContainsFunc(routes, func(r Route) bool {
 			_, found := slices.BinarySearchFunc(r.Endpoints, d, func(e Endpoint, d netip.AddrPort) int { return e.Address.Compare(d) })
@@ -187,7 +231,7 @@ func (v *View) sameFrame(o *View) bool {
 			return false
 		}
 		for h := range f.hooks {
-			if f.tied[h] != g.tied[h] || !slices.EqualFunc(f.hooks[h], g.hooks[h], func(a, b netfilter.BaseChain) bool {
+			if !slices.EqualFunc(f.hooks[h], g.hooks[h], func(a, b netfilter.BaseChain) bool {
 				return a.ID == b.ID && f.tables[a.Table].number == g.tables[b.Table].number && a.Base.Type == b.Base.Type && a.Base.Priority == b.Base.Priority
 			}) {
 				return false

@@ -7,6 +7,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -26,7 +27,6 @@ type View struct {
 type familyView struct {
 	family  netfilter.Family
 	hooks   [5][]netfilter.BaseChain
-	tied    [5]int // see the function tied
 	tables  map[*netfilter.Table]*tableView
 	sources map[Class]netip.Addr // an address that stands for the class
 	named   *sourceRanges
@@ -46,11 +46,24 @@ type tableView struct {
 // unnamed address for the node's own.
 func NewView(rs *netfilter.Ruleset, node Node) *View {
 	pods := map[podHint]int{}
-	for _, t := range rs.Tables {
-		for _, c := range t.Chains() {
-			countPods(pods, t, c, 1)
+	indexes := make([][]*index, len(rs.Tables))
+	var both sync.WaitGroup
+	both.Go(func() {
+		for _, t := range rs.Tables {
+			for _, c := range t.Chains() {
+				countPods(pods, t, c, 1)
+			}
 		}
-	}
+	})
+	both.Go(func() {
+		for n, t := range rs.Tables {
+			indexes[n] = make([]*index, t.NameCount())
+			for _, c := range t.Chains() {
+				indexes[n][c.ID] = newIndex(c)
+			}
+		}
+	})
+	both.Wait()
 	v := newView(rs, node, pods)
 	for i, f := range []netfilter.Family{netfilter.IPv4, netfilter.IPv6} {
 		if !slices.ContainsFunc(rs.Tables, func(t *netfilter.Table) bool { return t.Family == f }) {
@@ -61,11 +74,7 @@ func NewView(rs *netfilter.Ruleset, node Node) *View {
 			if t.Family != f {
 				continue
 			}
-			tv := &tableView{number: uint32(n), indexes: make([]*index, t.NameCount())}
-			for _, c := range t.Chains() {
-				tv.indexes[c.ID] = newIndex(c)
-			}
-			fv.tables[t] = tv
+			fv.tables[t] = &tableView{number: uint32(n), indexes: indexes[n]}
 		}
 		v.family[i] = fv
 		fv.named = v.namedSources(f)
@@ -141,7 +150,6 @@ func newView(rs *netfilter.Ruleset, node Node, pods map[podHint]int) *View {
 func (v *View) complete(fv *familyView) {
 	for h := netfilter.Prerouting; h <= netfilter.Postrouting; h++ {
 		fv.hooks[h] = v.rules.BaseChains(fv.family, h)
-		fv.tied[h] = tied(h, fv.hooks[h])
 	}
 	fv.masquerade, fv.drop = fv.marks("KUBE-MARK-MASQ"), fv.marks("KUBE-MARK-DROP")
 	v.choosePackets(fv)

@@ -60,7 +60,6 @@ type state struct {
 	hook     netfilter.Hook
 	flags    flag
 	by       RuleRef // the rule that rewrote the destination, or took the packet out of conntrack
-	ended    RuleRef // the rule that dropped or rejected it
 	path     *step
 }
 
@@ -91,6 +90,7 @@ type step struct {
 type end struct {
 	state
 	verdict Verdict
+	ended   RuleRef // the rule that dropped or rejected it
 }
 
 // run is one walk of one packet, under one assumption about the undecidable
@@ -112,6 +112,8 @@ type run struct {
 	// unresolved are rules that rewrite the destination to one of several.
 	unresolved []RuleRef
 
+	probing bool // every way is taken; see idle
+
 	watch   *netfilter.Chain // entering it sets viaDispatch
 	tracing bool             // keep paths
 	// sensitive are the source ranges that rules on the way asked for.
@@ -119,18 +121,20 @@ type run struct {
 	collect   bool
 
 	affinity int        // seconds of the first affinity rule met
-	trail    trail      // of this walk and those before it
+	tracks   *tracks    // of this walk and those before it; nil to leave none
 	table    *tableView // of the base chain being walked
 	broken   []RuleRef
 	ends     []end
 	stack    []*netfilter.Chain
 	spare    [][]state
 	splits   splits
+	exits    exits // nil to remember none
+	exit     *exit // being recorded
 }
 
 // reset makes a run ready for another packet, keeping its memory.
 func (r *run) reset(p netfilter.Packet) {
-	*r = run{packet: p, trail: r.trail, ends: r.ends[:0], sensitive: r.sensitive[:0], stack: r.stack[:0], spare: r.spare, splits: r.splits}
+	*r = run{packet: p, tracks: r.tracks, ends: r.ends[:0], sensitive: r.sensitive[:0], stack: r.stack[:0], spare: r.spare, splits: r.splits, exits: r.exits}
 }
 
 // sensitivity is a source range that a rule of the chain asks for.
@@ -146,8 +150,8 @@ func (r *run) outcomes() {
 		enters = netfilter.Output
 	}
 	sent := r.hook(enters, append(r.take(), state{to: netip.AddrPortFrom(r.packet.Destination, r.packet.Port), share: whole()}))
-	for _, s := range sent {
-		r.route(s)
+	for i := range sent {
+		r.leave(&sent[i])
 	}
 	r.give(sent)
 }
@@ -160,7 +164,7 @@ func (r *run) route(s state) {
 	switch {
 	case r.packet.FromHost:
 		if r.martian(&s) {
-			r.finish(s, Drop)
+			r.finish(&s, Drop, RuleRef{})
 			return
 		}
 		one = r.hook(netfilter.Postrouting, one)
@@ -172,14 +176,15 @@ func (r *run) route(s state) {
 	default:
 		one = r.hook(netfilter.Postrouting, r.hook(netfilter.Forward, one))
 	}
-	for _, s := range one {
+	for i := range one {
+		s := &one[i]
 		switch {
 		case s.has(rewritten):
-			r.finish(s, DNAT)
+			r.finish(s, DNAT, RuleRef{})
 		case s.has(explicit):
-			r.finish(s, Accept)
+			r.finish(s, Accept, RuleRef{})
 		default:
-			r.finish(s, None)
+			r.finish(s, None, RuleRef{})
 		}
 	}
 	r.give(one)
@@ -193,9 +198,10 @@ func (r *run) martian(s *state) bool {
 		(r.packet.Source.Is6() || r.view.node.NoRouteLocalnet)
 }
 
-func (r *run) finish(s state, v Verdict) {
+// finish notes an end; by is the rule that drops or rejects.
+func (r *run) finish(s *state, v Verdict, by RuleRef) {
 	if r.undecided == nil {
-		r.ends = append(r.ends, end{s, v})
+		r.ends = append(r.ends, end{*s, v, by})
 	}
 }
 
@@ -205,58 +211,22 @@ func (r *run) hook(h netfilter.Hook, live []state) []state {
 	for i := range live {
 		live[i].hook = h
 	}
-	for _, base := range r.order(h) {
-		var skipped []state
-		if base.Base.Type == netfilter.TypeNAT {
-			live, skipped = r.natAsks(h, live)
+	for bases := r.family.hooks[h]; len(bases) > 0; {
+		n := abreast(h, bases)
+		for _, base := range r.order(h, bases[:n], live) {
+			var skipped []state
+			if base.Base.Type == netfilter.TypeNAT {
+				live, skipped = r.natAsks(h, live)
+			}
+			if len(live) > 0 {
+				live = r.base(base, live)
+			}
+			live = append(live, skipped...)
+			r.give(skipped)
 		}
-		if len(live) > 0 {
-			live = r.base(base, live)
-		}
-		live = append(live, skipped...)
-		r.give(skipped)
+		bases = bases[n:]
 	}
 	return live
-}
-
-// order returns the base chains of a hook in the order in which they are asked.
-//
-// Of nat chains with the same priority, the one that was registered last is asked
-// first (nf_hook_entries_grow in net/netfilter/core.c), and the first that decides
-// on an address wins. The kernel does not tell the order to anybody, so where both
-// backends have such a chain with rules, it is tried both ways.
-func (r *run) order(h netfilter.Hook) []netfilter.BaseChain {
-	bases, i := r.family.hooks[h], r.family.tied[h]
-	if i < 0 || r.undecided != nil {
-		return bases
-	}
-	ref := RuleRef{bases[i].Table, bases[i].Chain, bases[i].Len()}
-	swap, ok := r.assume[ref]
-	switch {
-	case !ok && len(r.assume) >= maxUnknown:
-		r.ignored = appendNew(r.ignored, ref)
-	case !ok:
-		r.undecided = &ref
-	case swap:
-		bases = slices.Clone(bases)
-		bases[i], bases[i+1] = bases[i+1], bases[i]
-	}
-	return bases
-}
-
-// tied returns the first of two nat chains that decide on the destination and of
-// which nobody knows which is asked first; -1 for none.
-func tied(h netfilter.Hook, bases []netfilter.BaseChain) int {
-	if h != netfilter.Prerouting && h != netfilter.Output {
-		return -1
-	}
-	for i := 0; i+1 < len(bases); i++ {
-		a, b := bases[i], bases[i+1]
-		if a.Base.Type == netfilter.TypeNAT && b.Base.Type == netfilter.TypeNAT && a.Base.Priority == b.Base.Priority && a.Len() > 0 && b.Len() > 0 {
-			return i
-		}
-	}
-	return -1
 }
 
 // natAsks parts the states that nat is still asked about at the hook from the
@@ -296,14 +266,14 @@ func (r *run) base(b netfilter.BaseChain, live []state) []state {
 		}
 		back := r.chain(b.Table, b.Chain, append(r.take(), rest[:n]...), &passed)
 		rest = rest[n:]
-		for _, s := range back {
-			if b.Base.Policy == netfilter.Drop && !r.doubtful(&s) {
-				s.ended = policy
-				r.note(&s, policy, netfilter.Expr{Kind: netfilter.Drop}, always)
-				r.finish(s, Drop)
+		for i := range back {
+			s := &back[i]
+			if b.Base.Policy == netfilter.Drop && !r.doubtful(s) {
+				r.note(s, policy, netfilter.Expr{Kind: netfilter.Drop}, always)
+				r.finish(s, Drop, policy)
 				continue
 			}
-			passed = append(passed, s)
+			passed = append(passed, *s)
 		}
 		r.give(back)
 	}
@@ -323,37 +293,44 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 	r.stack = append(r.stack, c)
 	more, back := r.take(), r.take() // what comes back from jumps, and what returns to the caller
 	x := r.table.indexes[c.ID]
-	r.trail.chains = append(r.trail.chains, chainAt{r.table.number, c.ID})
-	if x != nil {
-		r.trail.dests = append(r.trail.dests, live[0].to)
-	}
+	r.enters(c, x, live[0].to)
 	rules := x.rules(c, live[0].to.Addr(), r.packet.Protocol, live[0].to.Port())
 	for i := rules.step(); i >= 0 && len(live) > 0 && r.undecided == nil; i = rules.step() {
 		ref := RuleRef{t, c, i}
 		rule := c.Rule(i)
-		kept := live[:0]
-		for _, s := range live {
-			p, ok := r.matches(ref, rule, &s)
+		kept := 0
+		keep := func(s *state) {
+			if &live[kept] != s { // they are large
+				live[kept] = *s
+			}
+			kept++
+		}
+		for k := range live {
+			p, ok := r.matches(ref, rule, &live[k])
 			if !ok {
-				kept = append(kept, s)
+				keep(&live[k])
 				continue
 			}
-			taken := s
-			if p != always {
-				if taken, s = r.split(rule, s); !s.share.IsZero() {
-					kept = append(kept, s)
+			taken := live[k]
+			if r.probing {
+				if p == perhaps {
+					keep(&live[k])
+				}
+			} else if p != always {
+				r.split(rule, &taken, &live[k])
+				if !live[k].share.IsZero() {
+					keep(&live[k])
 				}
 				if taken.share.IsZero() {
 					continue
 				}
 			}
-			var rest Share
-			if rest = r.perform(ref, rule, p, taken, &more, &back, passed); !rest.IsZero() {
+			if rest := r.perform(ref, rule, p, &taken, &more, &back, passed); !rest.IsZero() {
 				taken.share = rest
 				more = append(more, taken)
 			}
 		}
-		live = join(kept, more)
+		live = join(live[:kept], more)
 		more = more[:0]
 	}
 	r.stack = r.stack[:len(r.stack)-1]
@@ -365,25 +342,24 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 
 // perform does what a matching rule says: its statements, and then its verdict.
 // It returns the share for which the verdict turned out to be none.
-func (r *run) perform(ref RuleRef, rule []netfilter.Expr, p chance, s state, next, back, passed *[]state) Share {
+func (r *run) perform(ref RuleRef, rule []netfilter.Expr, p chance, s *state, next, back, passed *[]state) Share {
 	if len(rule) == 0 { // it only counts
-		*next = append(*next, s)
+		*next = append(*next, *s)
 		return Share{}
 	}
 	e := rule[len(rule)-1]
 	for _, st := range rule[:len(rule)-1] {
 		if !st.IsMatch() { // only nf_tables has statements ahead of a verdict
-			r.mark(ref, st, &s)
+			r.mark(ref, st, s)
 		}
 	}
 	switch e.Kind {
 	case netfilter.VerdictMap:
-		if ref.Table.Set(e.A).Opaque {
+		if ref.Table.Set(e.A).Opaque || r.probing && netfilter.Field(e.N)&netfilter.FieldSource != 0 {
 			r.ignore(ref)
 		}
-		k := r.setKey(e, &s)
-		r.trail.lookups = append(r.trail.lookups, lookup{table: r.table.number, set: e.A, key: k})
-		if v, ok := ref.Table.Set(e.A).Lookup(k); ok {
+		v, ok := r.lookUp(ref.Table, e, s)
+		if ok {
 			r.act(ref, v.Verdict, p, s, next, back, passed)
 			return Share{}
 		}
@@ -391,10 +367,10 @@ func (r *run) perform(ref RuleRef, rule []netfilter.Expr, p chance, s state, nex
 	case netfilter.Choose:
 		left := e.B
 		for _, c := range ref.Chain.Choices(e) {
-			taken := s
+			taken := *s
 			taken.share, s.share = r.splits.split(s.share, c.Count, left)
 			left -= c.Count
-			r.act(ref, c.Verdict, chance{c.Count, e.B}, taken, next, back, passed)
+			r.act(ref, c.Verdict, chance{c.Count, e.B}, &taken, next, back, passed)
 			if left == 0 {
 				return Share{}
 			}
@@ -428,9 +404,18 @@ func (r *run) setKey(e netfilter.Expr, s *state) netfilter.SetKey {
 	return k
 }
 
-// split parts a state at the chances of a rule, of which there mostly is one.
-func (r *run) split(rule []netfilter.Expr, s state) (taken, rest state) {
-	taken, rest = s, s
+// lookUp asks a set or map about the packet.
+func (r *run) lookUp(t *netfilter.Table, e netfilter.Expr, s *state) (netfilter.SetElement, bool) {
+	k := r.setKey(e, s)
+	r.tracks.ask(lookup{table: r.table.number, set: e.A, key: k})
+	v, ok := t.Set(e.A).Lookup(k)
+	r.asked(question{table: t, number: r.table.number, expr: e}, is(ok))
+	return v, ok
+}
+
+// split parts two copies of a state at the chances of a rule, of which there
+// mostly is one.
+func (r *run) split(rule []netfilter.Expr, taken, rest *state) {
 	rest.share = Share{}
 	for _, e := range rule {
 		if e.Kind == netfilter.Random || e.Kind == netfilter.Nth {
@@ -439,17 +424,20 @@ func (r *run) split(rule []netfilter.Expr, s state) (taken, rest state) {
 			taken.share, rest.share = hit, rest.share.plus(missed)
 		}
 	}
-	return taken, rest
 }
 
 // join puts states together that have the same future.
 func join(a, b []state) []state {
-	for _, s := range b {
-		if i := slices.IndexFunc(a, func(o state) bool { return o.alike(&s) }); i >= 0 {
-			a[i].share = a[i].share.plus(s.share)
-			continue
+next:
+	for k := range b {
+		s := &b[k]
+		for i := range a {
+			if a[i].alike(s) {
+				a[i].share = a[i].share.plus(s.share)
+				continue next
+			}
 		}
-		a = append(a, s)
+		a = append(a, *s)
 	}
 	return a
 }
@@ -457,6 +445,9 @@ func join(a, b []state) []state {
 // matches tells whether a rule matches the packets in a state, and with which
 // chance: the product of its chances, rounded, if there are several.
 func (r *run) matches(ref RuleRef, rule []netfilter.Expr, s *state) (p chance, ok bool) {
+	if r.probing {
+		return r.mayMatch(ref, rule, s)
+	}
 	p = always
 	open := false // an undecidable match
 	bySource := -1
@@ -500,8 +491,10 @@ func (r *run) noteAffinity(ref RuleRef, e netfilter.Expr) {
 	switch {
 	case r.affinity != 0:
 	case e.Kind == netfilter.Recent:
+		r.spoil()
 		r.affinity = affinitySeconds(ref.Chain.Text(e))
 	case e.Kind == netfilter.InSet && ref.Table.Set(e.A).Dynamic:
+		r.spoil()
 		r.affinity = int(ref.Table.Set(e.A).Timeout.Seconds())
 	}
 }
@@ -516,7 +509,8 @@ func asksSource(t *netfilter.Table, e netfilter.Expr) bool {
 func (r *run) sense(ref RuleRef, e netfilter.Expr) {
 	if e.Kind == netfilter.InSet {
 		set := ref.Table.Set(e.A)
-		r.trail.lookups = append(r.trail.lookups, lookup{table: r.table.number, set: e.A, whole: true})
+		r.spoil()
+		r.tracks.ask(lookup{table: r.table.number, set: e.A, whole: true})
 		for _, k := range set.Keys {
 			r.sensitive = append(r.sensitive, sensitivity{ref.Chain, netip.PrefixFrom(k.Addr, k.Addr.BitLen())})
 		}
@@ -541,6 +535,7 @@ func (r *run) suppose(ref RuleRef, rule []netfilter.Expr, s *state) bool {
 		s.flags |= doubted
 		return false
 	}
+	r.spoil()
 	if taken, ok := r.assume[ref]; ok {
 		return taken
 	}
@@ -562,6 +557,7 @@ func (r *run) directs() bool {
 // ignore notes a rule that might do anything.
 func (r *run) ignore(ref RuleRef) {
 	if !r.natOnly || r.directs() {
+		r.spoil()
 		r.ignored = appendNew(r.ignored, ref)
 	}
 }
@@ -580,49 +576,48 @@ func (r *run) note(s *state, ref RuleRef, effect netfilter.Expr, p chance) {
 // act does what the target of a matching rule says. What goes on with the next
 // rule is appended to next, what returns to the caller to back, and what the
 // base chain lets through to passed.
-func (r *run) act(ref RuleRef, e netfilter.Expr, p chance, s state, next, back, passed *[]state) {
+func (r *run) act(ref RuleRef, e netfilter.Expr, p chance, s *state, next, back, passed *[]state) {
 	if e.IsMatch() { // no target: the rule only counts
-		*next = append(*next, s)
+		*next = append(*next, *s)
 		return
 	}
-	r.note(&s, ref, e, p)
+	r.note(s, ref, e, p)
 	switch e.Kind {
 	case netfilter.Jump, netfilter.Goto:
 		r.enter(ref, e, s, next, back, passed)
 	case netfilter.Return:
 		if len(r.stack) == 1 {
-			r.shadow(ref, &s)
+			r.shadow(ref, s)
 		}
-		*back = append(*back, s)
+		*back = append(*back, *s)
 	case netfilter.Accept:
-		r.shadow(ref, &s)
+		r.shadow(ref, s)
 		if b := r.stack[0].Base; b != nil && b.Hook != netfilter.Postrouting && b.Priority > afterMangle {
 			s.flags |= explicit
 		}
-		*passed = append(*passed, s)
+		*passed = append(*passed, *s)
 	case netfilter.Drop, netfilter.Reject:
-		if r.doubtful(&s) {
-			*passed = append(*passed, s)
+		if r.doubtful(s) {
+			*passed = append(*passed, *s)
 			return
 		}
-		s.ended = ref
 		if e.Kind == netfilter.Drop {
-			r.finish(s, Drop)
+			r.finish(s, Drop, ref)
 		} else {
-			r.finish(s, Reject)
+			r.finish(s, Reject, ref)
 		}
 	case netfilter.Queue: // whatever program listens there decides
 		r.ignore(ref)
-		*passed = append(*passed, s)
+		*passed = append(*passed, *s)
 	case netfilter.DNAT, netfilter.DNATRange, netfilter.Redirect:
-		r.rewrite(ref, e, &s)
-		*passed = append(*passed, s)
+		r.rewrite(ref, e, s)
+		*passed = append(*passed, *s)
 	case netfilter.SNAT, netfilter.Masquerade:
 		s.flags |= masqueraded
-		*passed = append(*passed, s)
+		*passed = append(*passed, *s)
 	default:
-		r.mark(ref, e, &s)
-		*next = append(*next, s)
+		r.mark(ref, e, s)
+		*next = append(*next, *s)
 	}
 }
 
@@ -669,6 +664,7 @@ func (r *run) rewrite(ref RuleRef, e netfilter.Expr, s *state) {
 			break
 		}
 		s.flags |= unresolvedTo
+		r.spoil()
 		r.unresolved = appendNew(r.unresolved, ref)
 		if e.N == 1 { // a redirect to one of several ports
 			addr = r.view.node.address(r.family.family)
@@ -732,7 +728,7 @@ func (r *run) forgetHairpin(c *netfilter.Chain, to netip.Addr) {
 }
 
 // enter follows a jump or goto.
-func (r *run) enter(ref RuleRef, e netfilter.Expr, s state, next, back, passed *[]state) {
+func (r *run) enter(ref RuleRef, e netfilter.Expr, s *state, next, back, passed *[]state) {
 	rest := next
 	if e.Kind == netfilter.Goto {
 		rest = back
@@ -743,10 +739,11 @@ func (r *run) enter(ref RuleRef, e netfilter.Expr, s state, next, back, passed *
 		if !slices.Contains(r.broken, ref) {
 			r.broken = append(r.broken, ref)
 		}
-		*rest = append(*rest, s)
+		r.spoil()
+		*rest = append(*rest, *s)
 		return
 	}
-	out := r.chain(ref.Table, target, append(r.take(), s), passed)
+	out := r.chain(ref.Table, target, append(r.take(), *s), passed)
 	*rest = append(*rest, out...)
 	r.give(out)
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -15,7 +16,7 @@ import (
 // ErrNoNFT says that the program nft is not installed.
 var ErrNoNFT = errors.New("no program nft: install the package nftables")
 
-// Exec reads kube-proxy's tables with the program nft, in the network namespace
+// Exec reads what [Live] does with the program nft, in the network namespace
 // that it runs in. It is the cross-check for [Live], and slower by far.
 type Exec struct{}
 
@@ -35,21 +36,40 @@ func (Exec) Read(ctx context.Context) (*netfilter.Ruleset, error) {
 		return nil, err
 	}
 	sets := []*netfilter.Ruleset{{}}
-	for _, family := range []string{"ip", "ip6"} {
-		if !bytes.Contains(tables, []byte("table "+family+" "+kubeProxyTable+"\n")) {
+	for line := range strings.Lines(string(tables)) {
+		words := strings.Fields(line)
+		if len(words) < 3 || families[words[1]] == nil || slices.Contains(iptablesTables, words[2]) && words[1] != "inet" {
 			continue
 		}
-		text, err := run(ctx, "-nn", "-j", "list", "table", family, kubeProxyTable)
-		if err != nil {
-			return nil, err
+		rs, err := list(ctx, words[1], words[2])
+		if err != nil && isForeignTable(words[1], words[2]) {
+			rs, err = unlisted(words[1], words[2], err), nil
 		}
-		rs, err := Parse(bytes.NewReader(text), "nft -j list table "+family+" "+kubeProxyTable)
 		if err != nil {
 			return nil, err
 		}
 		sets = append(sets, rs)
 	}
 	return netfilter.Merge(sets...)
+}
+
+// list reads one table.
+func list(ctx context.Context, family, name string) (*netfilter.Ruleset, error) {
+	text, err := run(ctx, "-nn", "-j", "list", "table", family, name)
+	if err != nil {
+		return nil, err
+	}
+	return Parse(bytes.NewReader(text), "nft -j list table "+family+" "+name)
+}
+
+// unlisted says that another program's table could not be read. That is no reason
+// to read nothing at all.
+func unlisted(family, name string, err error) *netfilter.Ruleset {
+	out := &netfilter.Ruleset{}
+	for _, f := range families[family] {
+		out.Unreadable = append(out.Unreadable, netfilter.Unreadable{Family: f, Backend: netfilter.BackendNFTables, Table: foreignName(family, name), Reason: err.Error()})
+	}
+	return out
 }
 
 func run(ctx context.Context, args ...string) ([]byte, error) {

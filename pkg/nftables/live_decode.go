@@ -64,13 +64,16 @@ const (
 // Payload bases, meta and ct keys, fib results and flags, comparisons.
 const (
 	payloadNetwork, payloadTransport                                                    = 1, 2
-	metaMark, metaIIFName, metaOIFName, metaL4Proto                                     = 3, 6, 7, 16
+	metaMark, metaIIFName, metaOIFName, metaNFProto, metaL4Proto                        = 3, 6, 7, 15, 16
 	ctState, ctStatus                                                                   = 0, 2
 	fibSource, fibDestination, fibAddrType                                              = 1, 2, 3
 	cmpEqual, cmpNotEqual, cmpLess, cmpLessOrEqual, cmpGreater, cmpGreaterOrEqual       = 0, 1, 2, 3, 4, 5
 	verdictDrop, verdictAccept                                                    int32 = 0, 1
 	verdictContinue, verdictJump, verdictGoto, verdictReturn                      int32 = -1, -3, -4, -5
 )
+
+// Families (NFPROTO_* in linux/netfilter.h).
+const nfprotoInet, nfprotoIPv4, nfprotoIPv6 = 1, 2, 10
 
 const (
 	rtnLocal = 2  // RTN_LOCAL in linux/rtnetlink.h
@@ -226,6 +229,9 @@ type liveDecoder struct {
 	before, numbers []uint32
 	fills           []string // the sets that its rules add to
 
+	// foreign says that the table is another program's: what its rules have counted
+	// is left out, and of a map to addresses it is known which keys it has.
+	foreign bool
 	counter *netfilter.Counter
 	done    bool // a verdict has been added: what is behind it never runs
 	values  []liveValue
@@ -245,6 +251,14 @@ func (d *liveDecoder) addrSize() int {
 		return 16
 	}
 	return 4
+}
+
+// proto returns the family of the table, as the kernel numbers it.
+func (d *liveDecoder) proto() uint32 {
+	if d.table.Family == netfilter.IPv6 {
+		return nfprotoIPv6
+	}
+	return nfprotoIPv4
 }
 
 // addrOffsets returns where source and destination stand in the network header.
@@ -737,7 +751,7 @@ func (d *liveDecoder) meta(b []byte) bool {
 	switch k {
 	case metaMark:
 		size = 4
-	case metaL4Proto:
+	case metaL4Proto, metaNFProto:
 		size = 1
 	case metaIIFName, metaOIFName:
 		size = nameSize
@@ -956,6 +970,8 @@ func (d *liveDecoder) equal(v *liveValue, flags uint8, data []byte) bool {
 		return d.equalPayload(v, flags, data)
 	case loadMeta:
 		switch v.a {
+		case metaNFProto:
+			return d.nfProto(v, flags, data)
 		case metaL4Proto:
 			if v.masked || len(data) != 1 {
 				return false
@@ -992,6 +1008,25 @@ func (d *liveDecoder) equal(v *liveValue, flags uint8, data []byte) bool {
 		return true
 	}
 	return false
+}
+
+// nfProto adds a comparison with the family of the packet, which is that of the
+// table: one of family inet is decoded for each.
+func (d *liveDecoder) nfProto(v *liveValue, flags uint8, data []byte) bool {
+	if v.masked || len(data) != 1 {
+		return false
+	}
+	name, same := "", false
+	switch data[0] {
+	case nfprotoIPv4:
+		name, same = "ipv4", d.table.Family == netfilter.IPv4
+	case nfprotoIPv6:
+		name, same = "ipv6", d.table.Family == netfilter.IPv6
+	default:
+		return false
+	}
+	addFamily(d.chain, name, flags, same)
+	return true
 }
 
 func (d *liveDecoder) interfaceName(v *liveValue, flags uint8, data []byte) bool {
@@ -1199,7 +1234,7 @@ func (d *liveDecoder) lookup(b []byte) bool {
 	isMap := d.attrs[dreg] != nil
 	s := d.sets[string(name)]
 	var fields netfilter.Field
-	known := false
+	known, hasKeys := false, false
 	if s == nil {
 		d.missing = true
 	} else {
@@ -1207,6 +1242,7 @@ func (d *liveDecoder) lookup(b []byte) bool {
 			return d.choice(s, v, to)
 		}
 		fields, known = d.fieldsAt(first, s.types)
+		hasKeys = known && d.foreign && f == 0
 		known = known && (!s.broken || !s.anonymous()) // a named one is Opaque then
 	}
 	const inverted = 1 // NFT_LOOKUP_F_INV
@@ -1232,6 +1268,11 @@ func (d *liveDecoder) lookup(b []byte) bool {
 		d.chain.AddText(netfilter.UnknownTarget, 0, 0, undecoded("vmap: "+what))
 	default:
 		// The lookup may end the rule: only a statement that uses the value says so.
+		if hasKeys {
+			if e.A, known = d.numberOf(s); known {
+				d.chain.Add(netfilter.Expr{Kind: netfilter.InSet, N: uint16(fields), A: e.A})
+			}
+		}
 		return d.store(to, liveValue{load: loadOther, name: "map: " + what, size: 4 * nfnetlink.Registers})
 	}
 	return true
@@ -1244,7 +1285,7 @@ func (d *liveDecoder) numberOf(s *liveSet) (uint32, bool) {
 		return s.number, true
 	}
 	out := &netfilter.Set{Map: s.flags&setMap != 0}
-	if s.numbers != 0 || s.flags&(setTimeout|setEval|setObject) != 0 || out.Map && !s.verdicts || !d.fill(out, s, s.raw) {
+	if s.numbers != 0 || s.flags&(setTimeout|setEval|setObject) != 0 || out.Map && !s.verdicts && !d.foreign || !d.fill(out, s, s.raw) {
 		return 0, false
 	}
 	if i := len(d.numbers); i < len(d.before) && d.table.Set(d.before[i]).Equal(out) {
@@ -1449,10 +1490,38 @@ func (d *liveDecoder) constant(typ, size int) []byte {
 		return nil
 	}
 	v := d.value(register, size)
-	if v == nil || v.load != loadImmediate || len(v.data) != size {
+	if v == nil {
+		return d.part(register, size)
+	}
+	if v.load != loadImmediate || len(v.data) < size {
 		return nil
 	}
-	return v.data
+	return v.data[:size]
+}
+
+// part is constant for a register within a longer value, such as the port behind
+// an address.
+func (d *liveDecoder) part(register uint32, size int) []byte {
+	first, ok := nfnetlink.Slot(register)
+	if !ok || d.regs[first] == 0 {
+		return nil
+	}
+	v := &d.values[d.regs[first]-1]
+	at := 4 * (first - v.slot)
+	if v.load != loadImmediate || at < 0 || at+size > len(v.data) || !d.whole(v) {
+		return nil
+	}
+	return v.data[at : at+size]
+}
+
+// whole reports whether no register of a value has been overwritten.
+func (d *liveDecoder) whole(v *liveValue) bool {
+	for i := range v.wide {
+		if n := d.regs[v.slot+i]; n == 0 || &d.values[n-1] != v {
+			return false
+		}
+	}
+	return true
 }
 
 // ports reads the registers of ports into r. It returns false when they hold no
@@ -1484,6 +1553,13 @@ func (d *liveDecoder) nat(b []byte) bool {
 	f, ok2 := d.number(flags)
 	if !ok1 || !ok2 || k > dnat {
 		return false
+	}
+	// In a table of family inet it only acts on packets of its own (nft_nat_inet_eval
+	// in net/netfilter/nft_nat.c).
+	if of, _ := d.number(family); d.attrs[family] != nil && of != nfprotoInet && of != d.proto() {
+		d.names(minAddr, maxAddr, minPort, maxPort) // are used
+		d.chain.AddText(netfilter.NoEffect, 0, 0, undecoded("nat of the other family"))
+		return true
 	}
 	rewrite := netfilter.SNAT
 	if k == dnat {
@@ -1673,7 +1749,7 @@ func (d *liveDecoder) count(b []byte) bool {
 	nfnetlink.Collect(b, d.attrs[:packets+1])
 	n, ok1 := nfnetlink.Uint64(d.attrs[packets])
 	m, ok2 := nfnetlink.Uint64(d.attrs[size])
-	if ok1 && ok2 {
+	if ok1 && ok2 && !d.foreign {
 		d.counter = &netfilter.Counter{Packets: n, Bytes: m}
 	}
 	return ok1 && ok2

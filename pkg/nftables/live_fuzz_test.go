@@ -11,22 +11,7 @@ import (
 	"github.com/natlens/natlens/pkg/netfilter"
 )
 
-// attr makes an attribute of parts.
-func attr(typ uint16, parts ...[]byte) []byte {
-	n := 4
-	for _, p := range parts {
-		n += len(p)
-	}
-	b := binary.NativeEndian.AppendUint16(nil, uint16(n))
-	b = binary.NativeEndian.AppendUint16(b, typ)
-	for _, p := range parts {
-		b = append(b, p...)
-	}
-	for len(b)%4 != 0 {
-		b = append(b, 0)
-	}
-	return b
-}
+func attr(typ uint16, parts ...[]byte) []byte { return nfnetlink.Append(nil, typ, parts...) }
 
 func attr32(typ uint16, v uint32) []byte { return attr(typ, binary.BigEndian.AppendUint32(nil, v)) }
 
@@ -286,6 +271,56 @@ func FuzzLiveDecode(f *testing.F) {
 				}
 				b = rest
 			}
+		}
+	})
+}
+
+// FuzzForeign wants another program's table to be read as one that may hold
+// anything, for both families.
+func FuzzForeign(f *testing.F) {
+	for _, b := range fuzzRules() {
+		f.Add(elements(3, dnatData), b)
+	}
+	f.Fuzz(func(t *testing.T, set, expressions []byte) {
+		if len(set)+len(expressions) > 1<<15 {
+			return
+		}
+		ft := newForeignTable("inet", nfprotoInet, "other", 1)
+		read := func() {
+			ft.begin()
+			for _, name := range []string{"o", "c"} {
+				rule := append(attrText(nftaRuleTable, "other"), attrText(nftaRuleChain, name)...)
+				ft.addRule(append(rule, attr(nftaRuleExpressions, expressions)...))
+			}
+			ft.bases = map[string]*netfilter.Base{"o": {Hook: netfilter.Output, Priority: -100, Type: netfilter.TypeNAT, Policy: netfilter.Accept}}
+			err := ft.follow(func(name string) error {
+				s := &liveSet{name: name, flags: setMap, keySize: 4, types: []keyType{typeIPv4}, verdicts: len(name)%2 == 0, dataSize: 8, raw: set}
+				if strings.HasPrefix(name, "__") {
+					s.flags |= setAnonymous
+				}
+				ft.sets[name] = s
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			ft.decode()
+			ft.end()
+		}
+		read()
+		if len(ft.tables) != 2 {
+			t.Fatalf("%d tables", len(ft.tables))
+		}
+		before := ft.tables
+		for _, table := range before {
+			for _, c := range table.Chains() {
+				for i := range c.Len() {
+					RuleText(table, c, i)
+				}
+			}
+		}
+		if read(); before[0] != ft.tables[0] || before[1] != ft.tables[1] {
+			t.Error("the same messages made other tables")
 		}
 	})
 }

@@ -22,6 +22,10 @@ import (
 // runs no program, takes no lock, creates nothing and zeroes no counter. It
 // needs the capability NET_ADMIN, and nothing else.
 //
+// Of other programs' tables it reads the chains by which they can decide where
+// connections go, ahead of kube-proxy's or beside them: nat chains at prerouting and
+// output, and notrack. One of family inet is "inet NAME", once for each family.
+//
 // It returns what [Parse] makes of "nft -nn -j list table" of the same tables.
 // What it does not understand is netfilter.Unknown or netfilter.UnknownTarget,
 // with a text {"undecoded": …} that names the expression.
@@ -68,8 +72,9 @@ func (l *Live) Close() error {
 // the next step. It implements nfnetlink.Stepper. It leaves out nothing that
 // could have changed, so that Changes is as good as Everything.
 type liveStepper struct {
-	rules  *netfilter.Ruleset // of the last step
+	rules  *netfilter.Ruleset // of the last step; its tables are those of tables, then of others
 	tables []*liveTable
+	others []*foreignTable
 
 	ctx  context.Context // of the step at hand
 	conn *nfnetlink.Conn
@@ -78,7 +83,7 @@ type liveStepper struct {
 }
 
 // Forget implements nfnetlink.Stepper.
-func (s *liveStepper) Forget() { s.rules, s.tables = nil, nil }
+func (s *liveStepper) Forget() { s.rules, s.tables, s.others = nil, nil, nil }
 
 // Step implements nfnetlink.Stepper.
 func (s *liveStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetlink.Step) (rs *netfilter.Ruleset, interrupted, pruned bool, err error) {
@@ -136,6 +141,9 @@ func (s *liveStepper) read() (*netfilter.Ruleset, error) {
 		}
 		s.tables = append(s.tables, t)
 		next.Tables = append(next.Tables, t.last)
+	}
+	if err := s.foreign(next); err != nil {
+		return nil, err
 	}
 	if s.rules == nil || !slices.Equal(next.Tables, s.rules.Tables) || !slices.Equal(next.Unreadable, s.rules.Unreadable) {
 		s.rules = next
@@ -259,19 +267,19 @@ func (s *liveStepper) sets(conn *nfnetlink.Conn, t *liveTable) error {
 // elements reads the elements of a named set.
 func (s *liveStepper) elements(conn *nfnetlink.Conn, t *liveTable, k *known) error {
 	t.beginElements(k)
-	err := s.elementsOf(conn, t.proto, k.name, t.addElements)
+	err := s.elementsOf(conn, t.proto, kubeProxyTable, k.name, t.addElements)
 	t.endElements(k)
 	return err
 }
 
 // elementsOf reads the elements of a set.
-func (s *liveStepper) elementsOf(conn *nfnetlink.Conn, proto uint8, name string, each func(list []byte)) error {
-	return s.dump(conn, unix.NFT_MSG_GETSETELEM, proto, ofSet(name), func(b []byte) { each(listOf(b)) })
+func (s *liveStepper) elementsOf(conn *nfnetlink.Conn, proto uint8, table, name string, each func(list []byte)) error {
+	return s.dump(conn, unix.NFT_MSG_GETSETELEM, proto, ofSet(table, name), func(b []byte) { each(listOf(b)) })
 }
 
 // ofSet are attributes that name a set, to ask for its elements.
-func ofSet(name string) []byte {
-	b := nfnetlink.AppendString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, kubeProxyTable)
+func ofSet(table, name string) []byte {
+	b := nfnetlink.AppendString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, table)
 	return nfnetlink.AppendString(b, unix.NFTA_SET_ELEM_LIST_SET, name)
 }
 
@@ -358,7 +366,7 @@ func (s *liveStepper) fill(conn *nfnetlink.Conn, proto uint8, w *wanted) error {
 		}
 	}
 	w.set.raw, w.set.first, w.set.numbers = nil, 0, 0
-	return s.elementsOf(conn, proto, w.name, func(list []byte) { w.set.raw = append(w.set.raw, list...) })
+	return s.elementsOf(conn, proto, kubeProxyTable, w.name, func(list []byte) { w.set.raw = append(w.set.raw, list...) })
 }
 
 // numbers asks a map for each of its numbers. It returns false when it does not
@@ -370,7 +378,7 @@ func (s *liveStepper) numbers(conn *nfnetlink.Conn, proto uint8, w *wanted) (ok 
 	const size = 80 // of an element, about
 	w.set.raw = make([]byte, 0, size*w.numbers)
 	w.set.first, w.set.numbers = w.first, w.numbers
-	head := ofSet(w.name)
+	head := ofSet(kubeProxyTable, w.name)
 	for at := uint32(0); at < w.numbers; at += nfnetlink.MostAtOnce {
 		n := min(w.numbers-at, nfnetlink.MostAtOnce)
 		request := appendKeys(slices.Clone(head), w.first+at, n)

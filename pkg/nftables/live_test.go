@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/natlens/natlens/internal/nodebox"
+	"github.com/natlens/natlens/internal/nodebox/boxtest"
 	"github.com/natlens/natlens/pkg/chain"
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -625,8 +626,7 @@ func TestLiveCancelled(t *testing.T) {
 // TestLiveCapability reads as a user with the capability NET_ADMIN alone, and as
 // one without any.
 func TestLiveCapability(t *testing.T) {
-	const helper, nobody = "NATLENS_TEST_LIVE", 65534
-	if os.Getenv(helper) != "" {
+	if boxtest.IsAgain() {
 		rs, err := new(Live).Read(context.Background())
 		if err != nil {
 			fmt.Printf("answer: %v (%v)\n", err, errors.Is(err, os.ErrPermission))
@@ -637,36 +637,15 @@ func TestLiveCapability(t *testing.T) {
 	}
 	b := newNode(t)
 	load(t, b, "add table ip kube-proxy\nadd chain ip kube-proxy c\nadd rule ip kube-proxy c accept")
-	self, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, err := os.MkdirTemp("", "natlens-test-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
-	exe := filepath.Join(dir, "test")
-	if err := errors.Join(os.Chmod(dir, 0o755), os.WriteFile(exe, self, 0o755)); err != nil {
-		t.Fatal(err)
-	}
 	for _, c := range []struct {
 		caps []uintptr
 		want string
 	}{
-		{[]uintptr{unix.CAP_NET_ADMIN}, "answer: 1 rules, torn false"},
-		{nil, "answer: reading the kernel's nf_tables: permission denied: it needs the capability NET_ADMIN: operation not permitted (true)"},
+		{[]uintptr{unix.CAP_NET_ADMIN}, "1 rules, torn false"},
+		{nil, "reading the kernel's nf_tables: permission denied: it needs the capability NET_ADMIN: operation not permitted (true)"},
 	} {
-		cmd := exec.CommandContext(t.Context(), exe, "-test.run=^TestLiveCapability$")
-		cmd.Env, cmd.Dir = append(os.Environ(), helper+"=1"), "/"
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}, AmbientCaps: c.caps}
-		var out bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &out, &out
-		if err := b.Node.Run(cmd); err != nil {
-			t.Fatalf("%v: %s", err, &out)
-		}
-		if !strings.Contains(out.String(), c.want+"\n") {
-			t.Errorf("with capabilities %v, it said %q, want %q", c.caps, out.String(), c.want)
+		if got := boxtest.Again(t, b.Node, c.caps...); got != c.want {
+			t.Errorf("with capabilities %v, it said %q, want %q", c.caps, got, c.want)
 		}
 	}
 }

@@ -29,7 +29,7 @@ func Parse(r io.Reader, name string) (*netfilter.Ruleset, error) {
 	if doc.Objects == nil {
 		return nil, fmt.Errorf("%s: JSON without \"nftables\": expected the output of nft -j list ruleset", name)
 	}
-	p := &parser{rules: &netfilter.Ruleset{}, tables: map[tableName]*table{}}
+	p := &parser{rules: &netfilter.Ruleset{}, tables: map[tableName][]*table{}}
 	// Rules name chains and sets that may be listed behind them.
 	for _, kinds := range [][]string{{"table"}, {"set", "map"}, {"chain"}, {"element"}, {"rule"}} {
 		for i, o := range doc.Objects {
@@ -46,8 +46,8 @@ func Parse(r io.Reader, name string) (*netfilter.Ruleset, error) {
 	for _, t := range p.order {
 		p.finish(t)
 	}
-	if len(p.rules.Tables) == 0 && len(p.rules.Unreadable) == 0 {
-		return nil, fmt.Errorf("%s: holds no table of family ip or ip6 that nft can print in full", name)
+	if len(p.order) == 0 {
+		return nil, fmt.Errorf("%s: holds no table of family ip, ip6 or inet", name)
 	}
 	return p.rules, nil
 }
@@ -57,21 +57,30 @@ type tableName struct{ family, name string }
 // table is a table while it is being read.
 type table struct {
 	*netfilter.Table
-	sets  map[string]uint32
-	types [][]string // of each named set's keys
+	// others says that neither kube-proxy nor iptables has it: of such a table only
+	// some chains matter, and nothing in it is an error.
+	others bool
+	sets   map[string]uint32
+	types  [][]string // of each named set's keys
+	// values says of each named set that it maps keys to something else than verdicts,
+	// so that only its keys are read.
+	values []bool
 	// foreign says that iptables-nft wrote it.
 	foreign bool
 }
 
 type parser struct {
 	rules  *netfilter.Ruleset
-	tables map[tableName]*table
+	tables map[tableName][]*table // one of family inet twice: for IPv4, and for IPv6
 	order  []*table
 }
 
 // finish takes a table into the ruleset. One that nft cannot print in full is
 // said to be unreadable.
 func (p *parser) finish(t *table) {
+	if t.others && !p.finishOthers(t) {
+		return
+	}
 	if t.foreign {
 		p.rules.Unreadable = append(p.rules.Unreadable, netfilter.Unreadable{
 			Family: t.Family, Backend: netfilter.BackendNFT, Table: t.Name,
@@ -81,6 +90,18 @@ func (p *parser) finish(t *table) {
 	}
 	t.Compact()
 	p.rules.Tables = append(p.rules.Tables, t.Table)
+}
+
+// finishOthers leaves in another program's table what can decide where connections
+// go. It reports whether there is anything.
+func (p *parser) finishOthers(t *table) bool {
+	if t.RuleCount() <= mostForeignRules {
+		return directing(t.Table)
+	}
+	if slices.ContainsFunc(t.Chains(), func(c *netfilter.Chain) bool { return mayDirect(c.Base) && c.Len() > 0 }) {
+		p.rules.Unreadable = append(p.rules.Unreadable, tooLarge(t.Family, t.Name))
+	}
+	return false
 }
 
 func (p *parser) object(kind string, raw json.RawMessage) error {
@@ -97,31 +118,31 @@ func (p *parser) object(kind string, raw json.RawMessage) error {
 	return p.rule(raw)
 }
 
-var families = map[string]netfilter.Family{"ip": netfilter.IPv4, "ip6": netfilter.IPv6}
+var families = map[string][]netfilter.Family{"ip": {netfilter.IPv4}, "ip6": {netfilter.IPv6}, "inet": {netfilter.IPv4, netfilter.IPv6}}
 
 func (p *parser) table(raw json.RawMessage) error {
 	var o struct{ Family, Name string }
 	if err := json.Unmarshal(raw, &o); err != nil {
 		return err
 	}
-	f, ok := families[o.Family]
-	if !ok {
-		return nil // kube-proxy writes none
-	}
 	k := tableName{o.Family, o.Name}
 	if p.tables[k] != nil {
 		return fmt.Errorf("table %s %s stands here a second time", o.Family, o.Name)
 	}
-	t := &table{Table: netfilter.NewTable(f, o.Name, netfilter.BackendNFTables), sets: map[string]uint32{}}
-	p.tables[k] = t
-	p.order = append(p.order, t)
+	for _, f := range families[o.Family] { // of others, such as bridge, no packet of a Service comes by
+		p.tables[k] = append(p.tables[k], &table{
+			Table:  netfilter.NewTable(f, foreignName(o.Family, o.Name), netfilter.BackendNFTables),
+			others: isForeignTable(o.Family, o.Name), sets: map[string]uint32{},
+		})
+	}
+	p.order = append(p.order, p.tables[k]...)
 	return nil
 }
 
-// find returns the table that an object belongs to, nil for one of a family
+// find returns the tables that an object belongs to, none for one of a family
 // that is left out.
-func (p *parser) find(family, name string) (*table, error) {
-	if _, ok := families[family]; !ok {
+func (p *parser) find(family, name string) ([]*table, error) {
+	if families[family] == nil {
 		return nil, nil
 	}
 	t := p.tables[tableName{family, name}]
@@ -143,17 +164,17 @@ func (p *parser) set(raw json.RawMessage) error {
 	if err := json.Unmarshal(raw, &o); err != nil {
 		return err
 	}
-	t, err := p.find(o.Family, o.Table)
-	if t == nil || err != nil {
-		return err
+	tables, err := p.find(o.Family, o.Table)
+	for _, t := range tables {
+		// nft 1.0.6 does not print the flag "dynamic": the rules tell which sets
+		// packets add to.
+		s := &netfilter.Set{Name: o.Name, Map: o.Map != nil, Timeout: time.Duration(o.Timeout) * time.Second}
+		t.sets[o.Name] = t.AddSet(s)
+		t.types = append(t.types, typeNames(o.Type))
+		t.values = append(t.values, t.others && o.Map != nil && string(o.Map) != `"verdict"`)
+		p.elements(t, s, t.sets[o.Name], o.Elem)
 	}
-	// nft 1.0.6 does not print the flag "dynamic": the rules tell which sets
-	// packets add to.
-	s := &netfilter.Set{Name: o.Name, Map: o.Map != nil, Timeout: time.Duration(o.Timeout) * time.Second}
-	t.sets[o.Name] = t.AddSet(s)
-	t.types = append(t.types, typeNames(o.Type))
-	p.elements(t, s, typeNames(o.Type), o.Elem)
-	return nil
+	return err
 }
 
 // element reads elements that are listed apart from their set.
@@ -165,16 +186,15 @@ func (p *parser) element(raw json.RawMessage) error {
 	if err := json.Unmarshal(raw, &o); err != nil {
 		return err
 	}
-	t, err := p.find(o.Family, o.Table)
-	if t == nil || err != nil {
-		return err
+	tables, err := p.find(o.Family, o.Table)
+	for _, t := range tables {
+		n, ok := t.sets[o.Name]
+		if !ok {
+			return fmt.Errorf("set %q is not listed", o.Name)
+		}
+		p.elements(t, t.Set(n), n, o.Elem)
 	}
-	n, ok := t.sets[o.Name]
-	if !ok {
-		return fmt.Errorf("set %q is not listed", o.Name)
-	}
-	p.elements(t, t.Set(n), t.types[n], o.Elem)
-	return nil
+	return err
 }
 
 func typeNames(raw json.RawMessage) []string {
@@ -194,7 +214,8 @@ var keyTypes = map[string]bool{"ipv4_addr": true, "ipv6_addr": true, "inet_proto
 
 // elements puts elements into a set. One with elements that are not understood
 // is opaque: nothing is known of what it holds.
-func (p *parser) elements(t *table, s *netfilter.Set, types []string, list []json.RawMessage) {
+func (p *parser) elements(t *table, s *netfilter.Set, n uint32, list []json.RawMessage) {
+	types := t.types[n]
 	for _, name := range types {
 		if !keyTypes[name] {
 			s.Opaque = true
@@ -204,7 +225,7 @@ func (p *parser) elements(t *table, s *netfilter.Set, types []string, list []jso
 	for _, raw := range list {
 		key, verdict, comment, err := splitElement(raw)
 		e := netfilter.SetElement{Comment: comment}
-		if err == nil && s.Map {
+		if err == nil && s.Map && !t.values[n] {
 			e.Verdict, err = verdictOf(t, verdict)
 		}
 		if err == nil {
@@ -343,41 +364,22 @@ func (p *parser) chain(raw json.RawMessage) error {
 	if err := json.Unmarshal(raw, &o); err != nil {
 		return err
 	}
-	t, err := p.find(o.Family, o.Table)
-	if o.Family == "inet" && o.Type == "nat" {
-		p.inetNAT(o.Table)
-	}
-	if t == nil || err != nil {
-		return err
-	}
-	c := t.Declare(o.Name)
-	if o.Hook == "" {
-		return nil
-	}
-	h, ok := hooks[o.Hook]
-	if !ok {
-		return nil // ingress and egress come before any nat
-	}
-	c.Base = &netfilter.Base{Hook: h, Priority: o.Prio, Policy: netfilter.Accept}
-	if o.Type == "nat" {
-		c.Base.Type = netfilter.TypeNAT
-	}
-	if o.Policy == "drop" {
-		c.Base.Policy = netfilter.Drop
-	}
-	return nil
-}
-
-// inetNAT notes that a table of family inet decides on destinations too. Its
-// rules are not read; those of filters there are another matter than a
-// Service's shares.
-func (p *parser) inetNAT(name string) {
-	for _, f := range []netfilter.Family{netfilter.IPv4, netfilter.IPv6} {
-		u := netfilter.Unreadable{Family: f, Table: "inet " + name, Reason: "its nat chains, of family inet, are not read: they may send connections elsewhere before kube-proxy's rules do"}
-		if !slices.Contains(p.rules.Unreadable, u) {
-			p.rules.Unreadable = append(p.rules.Unreadable, u)
+	tables, err := p.find(o.Family, o.Table)
+	for _, t := range tables {
+		c := t.Declare(o.Name)
+		h, ok := hooks[o.Hook]
+		if !ok {
+			continue // no hook, or ingress and egress, which come before any nat
+		}
+		c.Base = &netfilter.Base{Hook: h, Priority: o.Prio, Policy: netfilter.Accept}
+		if o.Type == "nat" {
+			c.Base.Type = netfilter.TypeNAT
+		}
+		if o.Policy == "drop" {
+			c.Base.Policy = netfilter.Drop
 		}
 	}
+	return err
 }
 
 func (p *parser) rule(raw json.RawMessage) error {
@@ -388,24 +390,39 @@ func (p *parser) rule(raw json.RawMessage) error {
 	if err := json.Unmarshal(raw, &o); err != nil {
 		return err
 	}
-	t, err := p.find(o.Family, o.Table)
-	if t == nil || err != nil {
-		return err
-	}
-	c := t.Lookup(o.Chain)
-	if c == nil {
-		return fmt.Errorf("chain %q of table %s %s is not listed", o.Chain, o.Family, o.Table)
-	}
-	start := c.Mark()
-	b := &ruleBuilder{table: t, chain: c}
-	for _, e := range o.Expr {
-		if err := b.expression(e); err != nil {
-			c.Undo(start)
-			return fmt.Errorf("chain %q: %s: %w", o.Chain, excerpt(e), err)
+	tables, err := p.find(o.Family, o.Table)
+	for _, t := range tables {
+		c := t.Lookup(o.Chain)
+		if c == nil {
+			return fmt.Errorf("chain %q of table %s %s is not listed", o.Chain, o.Family, o.Table)
+		}
+		if err := t.rule(c, o.Expr, o.Comment); err != nil {
+			return fmt.Errorf("chain %q: %w", o.Chain, err)
 		}
 	}
-	if o.Comment != "" {
-		b.comment(start, o.Comment)
+	return err
+}
+
+// rule adds a rule to a chain.
+func (t *table) rule(c *netfilter.Chain, list []json.RawMessage, comment string) error {
+	start := c.Mark()
+	b := &ruleBuilder{table: t, chain: c}
+	for _, e := range list {
+		before := c.Mark()
+		err := b.expression(e)
+		if err == nil {
+			continue
+		}
+		if !t.others {
+			c.Undo(start)
+			return fmt.Errorf("%s: %w", excerpt(e), err)
+		}
+		c.Undo(before)
+		c.AddText(netfilter.UnknownTarget, 0, 0, e)
+		break // what stands behind it runs or not
+	}
+	if comment != "" {
+		b.comment(start, comment)
 	}
 	c.End(b.counter)
 	return nil

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/natlens/natlens/pkg/netfilter"
@@ -185,11 +186,47 @@ func (b *ruleBuilder) match(body, raw json.RawMessage) error {
 	}
 	var left operand
 	start := b.chain.Mark()
+	if json.Unmarshal(o.Left, &left) == nil && b.otherFamily(&left) {
+		return nil
+	}
 	if json.Unmarshal(o.Left, &left) != nil || (o.Op != "==" && o.Op != "!=" && o.Op != "in") || !b.known(&left, o.Op == "!=", o.Right) {
 		b.chain.Undo(start)
 		b.unknown(raw)
 	}
 	return nil
+}
+
+// otherFamily reports whether an operand is of packets of the other family than the
+// table's, as they come in a table of family inet. If so, it adds a match that never
+// holds.
+func (b *ruleBuilder) otherFamily(o *operand) bool {
+	own, other := "ip", "ip6"
+	if b.table.Family == netfilter.IPv6 {
+		own, other = other, own
+	}
+	if o.Payload != nil && o.Payload.Protocol == other {
+		addFamily(b.chain, familyNames[other], 0, false)
+		return true
+	}
+	for _, raw := range slices.Concat(o.Concat, o.And) {
+		var part operand
+		if json.Unmarshal(raw, &part) == nil && part.Payload != nil && part.Payload.Protocol != own && b.otherFamily(&part) {
+			return true
+		}
+	}
+	return false
+}
+
+// familyNames are the names of the families where "meta nfproto" is compared.
+var familyNames = map[string]string{"ip": "ipv4", "ip6": "ipv6"}
+
+// nfProto adds a comparison with the family of the packet.
+func (b *ruleBuilder) nfProto(flags uint8, right json.RawMessage) bool {
+	name := map[string]string{`"ipv4"`: "ipv4", "2": "ipv4", `"ipv6"`: "ipv6", "10": "ipv6"}[string(right)]
+	if name != "" {
+		addFamily(b.chain, name, flags, name == b.table.Family.String())
+	}
+	return name != ""
 }
 
 // known adds a match, and reports whether it understood it.
@@ -207,6 +244,8 @@ func (b *ruleBuilder) known(left *operand, not bool, right json.RawMessage) bool
 		return b.markBits(left.And, flags, right)
 	case left.Meta != nil:
 		switch left.Meta.Key {
+		case "nfproto":
+			return b.nfProto(flags, right)
 		case "mark":
 			var v uint32
 			ok := json.Unmarshal(right, &v) == nil
@@ -510,6 +549,9 @@ func (b *ruleBuilder) vmap(body, raw json.RawMessage) error {
 	if err := json.Unmarshal(body, &o); err != nil {
 		return err
 	}
+	if b.otherFamily(&o.Key) {
+		return nil
+	}
 	if o.Key.Numgen != nil {
 		list, ok := anonymous(o.Data)
 		if !ok {
@@ -657,11 +699,17 @@ func (b *ruleBuilder) verdict(name string, body, raw json.RawMessage) error {
 // dnat adds "dnat to ADDRESS:PORT", or "dnat to numgen … map { … }".
 func (b *ruleBuilder) dnat(body json.RawMessage) error {
 	var o struct {
-		Addr json.RawMessage
-		Port json.RawMessage
+		Family string
+		Addr   json.RawMessage
+		Port   json.RawMessage
 	}
 	if err := json.Unmarshal(body, &o); err != nil {
 		return err
+	}
+	if name := familyNames[o.Family]; name != "" && name != b.table.Family.String() {
+		b.done = false // it leaves packets of this family alone
+		b.chain.AddText(netfilter.NoEffect, 0, 0, body)
+		return nil
 	}
 	var text string
 	var port uint16
@@ -688,8 +736,39 @@ func (b *ruleBuilder) dnat(body json.RawMessage) error {
 			return b.choose(n.Mod, n.Offset, list, b.target)
 		}
 	}
+	if m.Map != nil && b.table.others {
+		b.hasKey(&m.Map.Key, m.Map.Data)
+	}
 	b.chain.AddText(netfilter.DNATRange, 0, 0, body)
 	return nil
+}
+
+// hasKey adds that a map has the key that it is asked for: without, a rule that
+// needs its value ends. What is not understood adds nothing.
+func (b *ruleBuilder) hasKey(key *operand, data json.RawMessage) {
+	f, ok := key.fields()
+	if !ok || b.otherFamily(key) {
+		return
+	}
+	e := netfilter.Expr{Kind: netfilter.InSet, N: uint16(f)}
+	if name, named := setName(data); named {
+		e.A, ok = b.table.sets[name]
+	} else {
+		var list []json.RawMessage
+		if list, ok = anonymous(data); ok {
+			s := &netfilter.Set{Map: true}
+			for _, raw := range list {
+				k, _, _, err := splitElement(raw)
+				ok = ok && err == nil && addKey(s, key.types(), k, netfilter.SetElement{}) == nil
+			}
+			if ok {
+				e.A = b.table.AddSet(s)
+			}
+		}
+	}
+	if ok {
+		b.chain.Add(e)
+	}
 }
 
 // target reads {"concat": ["10.0.0.1", 80]}, or an address alone.

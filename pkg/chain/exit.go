@@ -1,0 +1,190 @@
+package chain
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/natlens/natlens/pkg/netfilter"
+)
+
+// This file saves most of the work behind nat. Ten endpoints of a Service meet
+// the same filter chains with the same marks, and so do those of all others:
+//
+//	a state leaves nat ──▶ an exit holds for it? ──yes──▶ the same end
+//	                                 │no
+//	                                 ▼
+//	              route, noting what is asked of the destination ──▶ an exit
+//
+// An exit holds for another destination when every question gets the answer that
+// it got then: the rules cannot tell the two apart.
+
+// exits are those that a run remembers.
+type exits map[exitKey][]*exit
+
+// exitKey is what the way out depends on, besides the destination.
+type exitKey struct {
+	source   netip.Addr
+	in       string
+	class    Class
+	protocol netfilter.Protocol
+	fromHost bool
+	flags    flag
+	mark     uint32
+	connMark uint32
+}
+
+// Bounds of what is remembered: source ranges of single Services make keys of
+// their own, and long lists take longer than walking.
+const (
+	mostExitKeys = 256
+	mostExits    = 8 // of one key
+)
+
+// exit is one way from nat to an end.
+type exit struct {
+	asked   []question
+	entered []entered
+	sensed  []sensitivity
+	end     end // its destination, share and rule of nat are those of whoever takes it
+}
+
+// question is what a rule asks of the destination.
+type question struct {
+	chain  *netfilter.Chain // whose match it is; nil for an index, or a set
+	table  *netfilter.Table // of a set
+	number uint32           // of that table
+	expr   netfilter.Expr
+	index  *index // that has no rule for the destination
+	answer answer
+}
+
+// entered is a chain on the way.
+type entered struct {
+	chain *netfilter.Chain
+	at    chainAt
+	long  bool // it has an index
+}
+
+// leave brings a state that nat is through with to its end.
+func (r *run) leave(s *state) {
+	to := s.to.Addr()
+	if r.exits == nil || r.undecided != nil || r.view.node.isLocal(to) || to.IsLoopback() || to.IsMulticast() {
+		r.route(*s)
+		return
+	}
+	p := &r.packet
+	k := exitKey{p.Source, p.In, r.class, p.Protocol, p.FromHost, s.flags, s.mark, s.connMark}
+	known := r.exits[k]
+	for _, x := range known {
+		if x.holds(r, s) {
+			r.follow(x, s)
+			return
+		}
+	}
+	r.exit = &exit{}
+	ends, senses := len(r.ends), len(r.sensitive)
+	r.route(*s)
+	x := r.exit
+	r.exit = nil
+	// It must be one end, of the whole share.
+	if x == nil || r.undecided != nil || len(r.ends) != ends+1 || len(known) >= mostExits {
+		return
+	}
+	if e := &r.ends[ends]; e.share != s.share || e.to != s.to || e.by != s.by {
+		return
+	}
+	x.end, x.sensed = r.ends[ends], slices.Clone(r.sensitive[senses:])
+	if len(r.exits) >= mostExitKeys {
+		clear(r.exits)
+	}
+	r.exits[k] = append(known, x)
+}
+
+// holds reports whether a state takes the exit.
+func (x *exit) holds(r *run, s *state) bool {
+	for i := range x.asked {
+		if !x.asked[i].sameFor(r, s) {
+			return false
+		}
+	}
+	return !slices.ContainsFunc(x.entered, func(e entered) bool { return e.chain == r.watch })
+}
+
+func (q *question) sameFor(r *run, s *state) bool {
+	switch {
+	case q.index != nil:
+		return !q.index.has(s.to, r.packet.Protocol)
+	case q.chain == nil:
+		k := r.setKey(q.expr, s)
+		r.tracks.ask(lookup{table: q.number, set: q.expr.A, key: k})
+		_, ok := q.table.Set(q.expr.A).Lookup(k)
+		return !ok
+	}
+	return r.ask(q.table, q.chain, q.expr, s) == q.answer
+}
+
+// follow brings a state to the end of an exit.
+func (r *run) follow(x *exit, s *state) {
+	for i := range x.entered {
+		r.tracks.enter(x.entered[i].at)
+		if x.entered[i].long {
+			r.tracks.reach(s.to)
+		}
+	}
+	r.sensitive = append(r.sensitive, x.sensed...)
+	e := x.end
+	e.to, e.share, e.by = s.to, s.share, s.by
+	r.ends = append(r.ends, e)
+}
+
+// enters notes that a state with that destination enters a chain.
+func (r *run) enters(c *netfilter.Chain, x *index, to netip.AddrPort) {
+	at := chainAt{r.table.number, c.ID}
+	r.tracks.enter(at)
+	if x != nil {
+		r.tracks.reach(to)
+	}
+	if r.exit == nil {
+		return
+	}
+	if c == r.watch || x != nil && x.has(to, r.packet.Protocol) {
+		r.spoil()
+		return
+	}
+	r.exit.entered = append(r.exit.entered, entered{c, at, x != nil})
+	if x != nil {
+		r.exit.asked = append(r.exit.asked, question{index: x})
+	}
+}
+
+// asked notes a question of the exit being recorded.
+func (r *run) asked(q question, a answer) {
+	if r.exit == nil {
+		return
+	}
+	switch q.expr.Kind {
+	case netfilter.Source, netfilter.SourceType, netfilter.SourcePort, netfilter.ProtocolIs, netfilter.Comment, netfilter.Always,
+		netfilter.CTState, netfilter.MarkIs, netfilter.ConnMarkIs, netfilter.Fragment, netfilter.TCPFlags, netfilter.InInterface,
+		netfilter.BridgePort, netfilter.Recent, netfilter.Unknown:
+		return // of what the key has
+	case netfilter.OutInterface, netfilter.DestinationType:
+		return // the same for all that is not local
+	case netfilter.InSet, netfilter.VerdictMap:
+		if q.chain != nil {
+			return // the set was asked, or may not be
+		}
+		if a == no {
+			q.answer = a
+			r.exit.asked = append(r.exit.asked, q)
+			return
+		}
+	case netfilter.Destination, netfilter.DestinationPort:
+		q.answer = a
+		r.exit.asked = append(r.exit.asked, q)
+		return
+	}
+	r.spoil()
+}
+
+// spoil gives up the exit being recorded: it depends on more than it can tell.
+func (r *run) spoil() { r.exit = nil }

@@ -1,0 +1,137 @@
+package chain
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/natlens/natlens/pkg/iptables"
+	"github.com/natlens/natlens/pkg/netfilter"
+	"github.com/natlens/natlens/pkg/nftables"
+)
+
+// foreign are filter rules that ask all kinds of things of what nat has sent on.
+const foreign = `
+-A FORWARD -d 10.0.0.0/9 -p tcp -m tcp --dport 8080:8090 -j FOREIGN
+-A FORWARD -d 10.52.0.6/32 -j DROP
+-A FORWARD -m statistic --mode random --probability 0.25000000000 -j RETURN
+-A FORWARD -o eth9 -m conntrack --ctstate NEW -j FOREIGN
+-A FORWARD -m mark --mark 0x4000/0x4000 -j FOREIGN
+-A FORWARD -p tcp -m multiport --dports 80,9376 -j FOREIGN
+-A FORWARD -m set --match-set nobody dst -j DROP
+-A FORWARD -m addrtype --dst-type LOCAL -j DROP
+-A FORWARD -m iprange --dst-range 10.52.0.1-10.52.0.9 -j REJECT
+-A FOREIGN -s 10.52.0.0/16 -j ACCEPT
+-A FOREIGN -d 10.52.0.4/31 -j MARK --set-xmark 0x1/0x1
+-A FOREIGN -m mark --mark 0x1/0x1 -j DROP
+`
+
+// Walks that take known exits must come to what walks to the end do.
+func TestExits(t *testing.T) {
+	files, err := filepath.Glob("../../testdata/captures/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tested, remembered := 0, 0
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		dumps := map[string]string{filepath.Base(file): string(text)}
+		switch {
+		case strings.HasSuffix(file, ".save"):
+			// Each rule alone, and all of them.
+			rules := strings.Split(strings.TrimSpace(foreign), "\n")
+			for i, rule := range rules {
+				dumps[fmt.Sprintf("%s with %d", filepath.Base(file), i)] = ahead(string(text), rule)
+			}
+			dumps[filepath.Base(file)+" with all"] = ahead(string(text), strings.Join(rules, "\n"))
+		case !strings.HasSuffix(file, ".json"):
+			continue
+		}
+		for name, text := range dumps {
+			t.Run(name, func(t *testing.T) {
+				read := iptables.Parse
+				if strings.HasSuffix(file, ".json") {
+					read = nftables.Parse
+				}
+				rs, err := read(strings.NewReader(text), name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				remembered += compareExits(t, rs)
+			})
+			tested++
+		}
+	}
+	if tested < 20 || remembered < tested {
+		t.Errorf("%d exits in %d rulesets", remembered, tested)
+	}
+}
+
+// ahead puts rules ahead of those of table filter.
+func ahead(text, rules string) string {
+	at := strings.Index(text, "*filter\n")
+	at += strings.Index(text[at:], "\n[") + 1 // the first rule, with its counters
+	return text[:at] + ":FOREIGN - [0:0]\n" + rules + "\n" + text[at:]
+}
+
+// compareExits returns how many exits the walks remembered.
+func compareExits(t *testing.T, rs *netfilter.Ruleset) (n int) {
+	t.Helper()
+	v := NewView(rs, Node{Local: []netip.Addr{netip.MustParseAddr("10.146.0.2")}})
+	known := &resolver{view: v, run: run{splits: splits{}, exits: exits{}, tracks: v.newTracks()}}
+	whole := &resolver{view: v, run: run{splits: splits{}, tracks: v.newTracks()}}
+	a, b := v.discover().entries, v.discover().entries
+	if len(a) == 0 {
+		t.Fatal("no frontends")
+	}
+	for i := range a {
+		known.resolve(a[i])
+		whole.resolve(b[i])
+		if got, want := result(a[i]), result(b[i]); got != want {
+			t.Fatalf("%v by known exits:\n%s\nto the end:\n%s", a[i].front, got, want)
+		}
+		if !reflect.DeepEqual(a[i].facts, b[i].facts) {
+			t.Fatalf("%v by known exits: %+v\nto the end: %+v", a[i].front, a[i].facts, b[i].facts)
+		}
+	}
+	for _, list := range known.run.exits {
+		n += len(list)
+	}
+	return n
+}
+
+// result tells all of an entry that a walk makes, but for facts.
+func result(e *entry) string {
+	var b strings.Builder
+	for _, r := range e.routes {
+		fmt.Fprintln(&b, r.From, r.Sources, r.Verdict, r.Masquerade, r.Undelivered.parts, r.Rejected.parts, r.Dropped.parts, len(r.Unknown))
+		for _, ref := range r.Unknown {
+			fmt.Fprintln(&b, " unknown", ref.Chain.Name, ref.Index)
+		}
+		for _, ep := range r.Endpoints {
+			fmt.Fprintln(&b, " ", ep.Address, ep.Share.parts, ep.Share.Exact(), ep.Max.parts, ep.Masquerade, ep.Chain)
+		}
+	}
+	chains := slices.SortedFunc(slices.Values(e.trail.chains), func(a, b chainAt) int {
+		return cmp.Or(cmp.Compare(a.table, b.table), cmp.Compare(a.chain, b.chain))
+	})
+	var rest []string
+	for _, d := range e.trail.dests {
+		rest = append(rest, fmt.Sprint(d))
+	}
+	for _, l := range e.trail.lookups {
+		rest = append(rest, fmt.Sprint(l))
+	}
+	slices.Sort(rest)
+	fmt.Fprintln(&b, chains, rest, e.affinity)
+	return b.String()
+}
