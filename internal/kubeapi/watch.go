@@ -1,0 +1,324 @@
+package kubeapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/go-logr/logr"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/selection"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/natlens/natlens/internal/desired"
+)
+
+// Watch keeps objects as the API has them.
+type Watch struct {
+	objects *desired.Objects
+	node    string
+	core    rest.Interface
+	kinds   []*kind
+	changed chan struct{}
+}
+
+// kind is one kind of objects, being watched.
+type kind struct {
+	name   string
+	store  cache.ReflectorStore
+	lister *cache.ListWatch
+	object runtime.Object
+
+	tell      func()
+	mu        sync.Mutex
+	synced    bool
+	watching  bool // a watch is open
+	confirmed time.Time
+	err       error
+	complain  func(error)
+}
+
+// New prepares to watch what decides about the rules of the node of that name.
+func New(config *rest.Config, nodeName string, log *slog.Logger) (*Watch, error) {
+	core, discovery, err := clients(config)
+	if err != nil {
+		return nil, err
+	}
+	w := &Watch{objects: desired.NewObjects(nodeName), node: nodeName, core: core, changed: make(chan struct{}, 1)}
+	add := func(name string, client rest.Interface, object runtime.Object, s store, narrow func(*metav1.ListOptions)) {
+		k := &kind{name: name, object: object, tell: w.tell, complain: complainer(log, name)}
+		s.watch, s.kind = w, k
+		k.store = s
+		k.lister = k.listWatch(cache.NewFilteredListWatchFromClient(client, name, metav1.NamespaceAll, narrow))
+		w.kinds = append(w.kinds, k)
+	}
+	o := w.objects
+	add("services", core, &corev1.Service{}, store{
+		set:    func(x any) bool { return o.SetService(x.(*corev1.Service)) },
+		remove: o.DeleteService,
+		keys:   func() []desired.Key { keys, _ := o.Keys(); return keys },
+	}, without("service.kubernetes.io/service-proxy-name"))
+	add("endpointslices", discovery, &discoveryv1.EndpointSlice{}, store{
+		set:    func(x any) bool { return o.SetSlice(x.(*discoveryv1.EndpointSlice)) },
+		remove: o.DeleteSlice,
+		keys:   func() []desired.Key { _, keys := o.Keys(); return keys },
+	}, without("service.kubernetes.io/service-proxy-name", corev1.IsHeadlessService))
+	add("nodes", core, &corev1.Node{}, store{
+		set:    func(x any) bool { return o.SetNode(x.(*corev1.Node)) },
+		remove: func(desired.Key) bool { return false }, // this agent would go with it
+		keys:   func() []desired.Key { return nil },
+	}, func(opts *metav1.ListOptions) {
+		opts.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, nodeName).String()
+	})
+	return w, nil
+}
+
+// clients returns REST clients of the two groups. The typed clients would link,
+// and register at start, every kind of Kubernetes: 10 MB of program for three.
+func clients(config *rest.Config) (core, discovery rest.Interface, err error) {
+	config = rest.CopyConfig(config)
+	config.WarningHandler = rest.NoWarnings{}
+	config.ContentType = runtime.ContentTypeProtobuf
+	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	scheme := runtime.NewScheme()
+	if err := errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme)); err != nil {
+		return nil, nil, err
+	}
+	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
+	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	client, err := rest.HTTPClientFor(config)
+	if err != nil {
+		return nil, nil, err
+	}
+	config.APIPath, config.GroupVersion = "/api", &corev1.SchemeGroupVersion
+	if core, err = rest.RESTClientForConfigAndClient(config, client); err != nil {
+		return nil, nil, err
+	}
+	config.APIPath, config.GroupVersion = "/apis", &discoveryv1.SchemeGroupVersion
+	discovery, err = rest.RESTClientForConfigAndClient(config, client)
+	return core, discovery, err
+}
+
+// without asks for objects that have none of the labels.
+func without(names ...string) func(*metav1.ListOptions) {
+	selector := labels.NewSelector()
+	for _, name := range names {
+		if r, err := labels.NewRequirement(name, selection.DoesNotExist, nil); err == nil {
+			selector = selector.Add(*r)
+		}
+	}
+	return func(opts *metav1.ListOptions) { opts.LabelSelector = selector.String() }
+}
+
+// Changed gets a value after objects have changed, or the status has.
+func (w *Watch) Changed() <-chan struct{} { return w.changed }
+
+func (w *Watch) tell() {
+	select {
+	case w.changed <- struct{}{}:
+	default: // the last change has not been seen yet
+	}
+}
+
+// Run lists and watches until the context ends, and again when that fails.
+func (w *Watch) Run(ctx context.Context) {
+	var wg sync.WaitGroup
+	quiet := logr.Discard() // what fails is logged here
+	for _, k := range w.kinds {
+		r := cache.NewReflectorWithOptions(k.lister, k.object, k.store, cache.ReflectorOptions{Name: "natlens", Logger: &quiet})
+		wg.Go(func() { r.RunWithContext(ctx) })
+	}
+	wg.Wait()
+}
+
+// Objects are what the API has.
+func (w *Watch) Objects() *desired.Objects { return w.objects }
+
+// Status tells how the watch stands.
+func (w *Watch) Status() desired.Status {
+	s := desired.Status{Synced: true}
+	for i, k := range w.kinds {
+		k.mu.Lock()
+		s.Synced = s.Synced && k.synced
+		if i == 0 || k.confirmed.Before(s.Confirmed) {
+			s.Confirmed = k.confirmed
+		}
+		if k.err != nil && s.Error == "" {
+			s.Error = k.err.Error()
+		}
+		k.mu.Unlock()
+	}
+	return s
+}
+
+// Confirm asks the API for a sign of life. The question, one Node from the
+// server's memory, goes over the connection that the watches share, so that what
+// changed before it has been told, or is about to be.
+func (w *Watch) Confirm(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
+	defer cancel()
+	asked := time.Now()
+	err := w.core.Get().Resource("nodes").Name(w.node).VersionedParams(&metav1.GetOptions{ResourceVersion: "0"}, metav1.ParameterCodec).Do(ctx).Error()
+	if err != nil && !apierrors.IsNotFound(err) {
+		return // the watches tell what is wrong, if it lasts
+	}
+	for _, k := range w.kinds {
+		k.mu.Lock()
+		if k.watching && k.confirmed.Before(asked) {
+			k.confirmed = asked
+		}
+		k.mu.Unlock()
+	}
+}
+
+// confirmTimeout bounds the wait for a sign of life.
+const confirmTimeout = 5 * time.Second
+
+// listWatch notes what comes of listing and watching.
+func (k *kind) listWatch(lw *cache.ListWatch) *cache.ListWatch {
+	return &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, opts metav1.ListOptions) (runtime.Object, error) {
+			list, err := lw.ListWithContextFunc(ctx, opts)
+			if err != nil && ctx.Err() == nil {
+				k.mu.Lock()
+				k.fail(fmt.Errorf("listing %s: %w", k.name, err))
+				k.mu.Unlock()
+			}
+			return list, err
+		},
+		WatchFuncWithContext: func(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
+			started := time.Now()
+			w, err := lw.WatchFuncWithContext(ctx, opts)
+			k.mu.Lock()
+			defer k.mu.Unlock()
+			if err != nil {
+				if ctx.Err() == nil {
+					k.fail(fmt.Errorf("watching %s: %w", k.name, err))
+				}
+				return nil, err
+			}
+			if k.watching = true; k.err != nil {
+				k.err = nil
+				k.tell()
+			}
+			if k.synced {
+				k.confirmed = started
+			}
+			return &watched{Interface: w, kind: k}, nil
+		},
+	}
+}
+
+// fail notes an error, with the lock held.
+func (k *kind) fail(err error) {
+	k.watching = false
+	k.err = err
+	k.complain(err)
+	k.tell()
+}
+
+// watched is a watch whose end is noted.
+type watched struct {
+	watch.Interface
+	kind *kind
+}
+
+// Stop implements watch.Interface. The reflector calls it when a watch is over,
+// whoever ended it.
+func (w *watched) Stop() {
+	w.kind.mu.Lock()
+	w.kind.watching = false
+	w.kind.mu.Unlock()
+	w.Interface.Stop()
+}
+
+// store passes on what the reflector hears; it keeps nothing itself.
+type store struct {
+	watch  *Watch
+	kind   *kind
+	set    func(any) bool
+	remove func(desired.Key) bool
+	keys   func() []desired.Key
+}
+
+func keyOf(x any) (desired.Key, bool) {
+	m, ok := x.(metav1.ObjectMetaAccessor)
+	if !ok {
+		return desired.Key{}, false
+	}
+	return desired.Key{Namespace: m.GetObjectMeta().GetNamespace(), Name: m.GetObjectMeta().GetName()}, true
+}
+
+// alive notes a sign of life, and passes on whether anything has changed.
+func (s store) alive(changed bool) error {
+	s.kind.mu.Lock()
+	s.kind.confirmed = time.Now()
+	s.kind.mu.Unlock()
+	if changed {
+		s.watch.tell()
+	}
+	return nil
+}
+
+// Add implements cache.ReflectorStore.
+func (s store) Add(x any) error { return s.alive(s.set(x)) }
+
+// Update implements cache.ReflectorStore.
+func (s store) Update(x any) error { return s.alive(s.set(x)) }
+
+// Delete implements cache.ReflectorStore.
+func (s store) Delete(x any) error {
+	key, ok := keyOf(x)
+	return s.alive(ok && s.remove(key))
+}
+
+// Replace implements cache.ReflectorStore.
+func (s store) Replace(list []any, _ string) error {
+	there := make(map[desired.Key]bool, len(list))
+	for _, x := range list {
+		if key, ok := keyOf(x); ok {
+			there[key] = true
+		}
+		s.set(x)
+	}
+	for _, key := range s.keys() {
+		if !there[key] {
+			s.remove(key)
+		}
+	}
+	s.kind.mu.Lock()
+	s.kind.synced, s.kind.err = true, nil
+	s.kind.mu.Unlock()
+	return s.alive(true)
+}
+
+// Bookmark implements cache.ReflectorBookmarkStore.
+func (s store) Bookmark(string) error { return s.alive(false) }
+
+// Resync implements cache.ReflectorStore.
+func (s store) Resync() error { return nil }
+
+// complainer logs an error when it is another than the last one, and once in a
+// while when it stays.
+func complainer(log *slog.Logger, kind string) func(error) {
+	var last string
+	var at time.Time
+	return func(err error) {
+		if text := err.Error(); text != last || time.Since(at) > 5*time.Minute {
+			last, at = text, time.Now()
+			log.Warn("the Kubernetes API cannot be watched; the rules are not compared with anything newer", "kind", kind, "error", err)
+		}
+	}
+}
