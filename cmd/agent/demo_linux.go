@@ -109,6 +109,7 @@ func demoLive(ctx context.Context, ln net.Listener, stdout io.Writer, log *slog.
 	defer d.Close()
 	reader := &kernelReader{}
 	keeper := &snapshot.Keeper{Reader: d.Reader(reader), Moved: reader.Moved, Node: d.Node, Name: "demo", Interval: 2 * time.Second, Log: log}
+	keeper.Flows, keeper.FlowPause, keeper.Grace = d.Flows(newFlowReader()), leastConntrack, defaultGrace
 	if err := keeper.Refresh(ctx); err != nil {
 		return cannotRun{err}
 	}
@@ -117,7 +118,7 @@ func demoLive(ctx context.Context, ln net.Listener, stdout io.Writer, log *slog.
 		return err
 	}
 	go d.Traffic(ctx)
-	if err := serveOn(ctx, ln, nil, keeper, true, log); err != nil {
+	if err := serveOn(ctx, ln, nil, keeper, nil, d.Echo(log), true, log); err != nil {
 		return err
 	}
 	fmt.Fprintln(stdout, "\nWhat the traffic did:")
@@ -134,7 +135,7 @@ func demoRecorded(ctx context.Context, ln net.Listener, stdout io.Writer, log *s
 	if err := demoIntro(stdout, ln, keeper.Snapshot()); err != nil {
 		return err
 	}
-	return serveOn(ctx, ln, nil, keeper, true, log)
+	return serveOn(ctx, ln, nil, keeper, nil, nil, true, log)
 }
 
 type recorded struct{}
@@ -155,6 +156,7 @@ Try next, in a browser or another terminal:
   curl -s %[1]s/api/v1/services/default/go-app
   curl -s '%[1]s/api/v1/trace?to=10.56.11.169:80&from=pod'
   curl -s %[1]s/api/v1/findings
+  curl -s %[1]s/api/v1/echo
   curl -s %[1]s/metrics | grep ^natlens_
 Ctrl-C ends it; nothing stays behind.
 `, base)

@@ -83,7 +83,7 @@ tells where connections to each Service really go, and in which shares.`,
 		}
 		return usageError{fmt.Errorf("%w: see %s --help", err, cmd.CommandPath())}
 	})
-	root.AddCommand(newServe(), newServices(), newTrace(), newDoctor(), newDemo(), newVersion())
+	root.AddCommand(newServe(), newServices(), newTrace(), newDiff(), newDoctor(), newDemo(), newVersion())
 	strictExtras(root)
 	return root
 }

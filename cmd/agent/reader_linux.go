@@ -3,8 +3,14 @@ package main
 import (
 	"context"
 	"errors"
+	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/natlens/natlens/internal/observed"
 	"github.com/natlens/natlens/internal/snapshot"
+	"github.com/natlens/natlens/pkg/affinity"
+	"github.com/natlens/natlens/pkg/conntrack"
 	"github.com/natlens/natlens/pkg/iptables"
 	"github.com/natlens/natlens/pkg/netfilter"
 	"github.com/natlens/natlens/pkg/nftables"
@@ -21,6 +27,12 @@ func newReader(name string) (snapshot.Reader, error) {
 	}
 	return &kernelReader{}, nil
 }
+
+// newFlowReader returns what reads this node's tracked connections.
+func newFlowReader() snapshot.FlowReader { return &conntrack.Reader{} }
+
+// newPinReader returns what tells whom session affinity binds on this node.
+func newPinReader() observed.PinReader { return &affinity.Reader{} }
 
 // execReader runs programs to read what kernelReader reads. Without nft, it does
 // without kube-proxy's nftables mode.
@@ -76,6 +88,15 @@ func (r *kernelReader) Read(ctx context.Context) (*netfilter.Ruleset, error) {
 // Moved reports whether nf_tables has changed since the last Read. The legacy
 // backend does not tell.
 func (r *kernelReader) Moved() bool { return r.iptables.Moved() || r.nftables.Moved() }
+
+// First names chains to look at before the others when rules have moved.
+func (r *kernelReader) First(chains []string) { r.iptables.First(chains) }
+
+// sleep blocks the thread, or less long than it should when a signal comes.
+func sleep(d time.Duration) {
+	ts := unix.NsecToTimespec(int64(max(d, 0)))
+	_ = unix.Nanosleep(&ts, nil)
+}
 
 // Close gives back what is kept for the next Read.
 func (r *kernelReader) Close() error { return errors.Join(r.iptables.Close(), r.nftables.Close()) }

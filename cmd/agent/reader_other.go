@@ -3,6 +3,9 @@
 package main
 
 import (
+	"time"
+
+	"github.com/natlens/natlens/internal/observed"
 	"github.com/natlens/natlens/internal/snapshot"
 	"github.com/natlens/natlens/pkg/iptables"
 )
@@ -10,3 +13,12 @@ import (
 // newReader returns the only reader that there is elsewhere than on Linux,
 // which finds no program there and says so.
 func newReader(string) (snapshot.Reader, error) { return iptables.NewExec() }
+
+// newFlowReader returns nil: there are no tracked connections elsewhere.
+func newFlowReader() snapshot.FlowReader { return nil }
+
+// sleep is what only the reader of Linux's kernel asks for.
+var sleep func(time.Duration)
+
+// newPinReader returns nil: session affinity binds nobody elsewhere.
+func newPinReader() observed.PinReader { return nil }

@@ -10,8 +10,6 @@ import (
 
 	"github.com/spf13/pflag"
 	"golang.org/x/net/netutil"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/natlens/natlens/internal/access"
 	"github.com/natlens/natlens/internal/cert"
@@ -23,23 +21,21 @@ const maxConnections = 256
 
 // secureOptions are the flags of serve about the network.
 type secureOptions struct {
-	listen     string
-	certFile   string
-	keyFile    string
-	kubeconfig string
+	listen   string
+	certFile string
+	keyFile  string
 }
 
 func (o *secureOptions) addFlags(fs *pflag.FlagSet) {
 	fs.StringVar(&o.listen, "secure-listen", "", "`ADDRESS:PORT` to serve on for the network, with TLS, to whom Kubernetes lets; the port by custom is 9753")
 	fs.StringVar(&o.certFile, "tls-cert-file", "", "PEM `FILE` with the certificate for --secure-listen, reloaded when it changes; without it one is made at start, which nobody can verify")
 	fs.StringVar(&o.keyFile, "tls-private-key-file", "", "PEM `FILE` with the key of --tls-cert-file")
-	fs.StringVar(&o.kubeconfig, "kubeconfig", "", "`FILE` that says how to reach the API server, where the agent does not run as a pod")
 }
 
 func (o *secureOptions) check() error {
 	if o.listen == "" {
-		if o.certFile != "" || o.keyFile != "" || o.kubeconfig != "" {
-			return usageError{errors.New("--tls-cert-file, --tls-private-key-file and --kubeconfig are for --secure-listen, which is missing")}
+		if o.certFile != "" || o.keyFile != "" {
+			return usageError{errors.New("--tls-cert-file and --tls-private-key-file are for --secure-listen, which is missing")}
 		}
 		return nil
 	}
@@ -47,24 +43,6 @@ func (o *secureOptions) check() error {
 		return usageError{errors.New("--tls-cert-file and --tls-private-key-file go together")}
 	}
 	return checkListen("--secure-listen", o.listen)
-}
-
-// config returns how to reach the API server.
-func (o *secureOptions) config() (*rest.Config, error) {
-	if o.kubeconfig != "" {
-		config, err := clientcmd.BuildConfigFromFlags("", o.kubeconfig)
-		if err != nil {
-			return nil, fmt.Errorf("--kubeconfig %s: %w", o.kubeconfig, err)
-		}
-		return config, nil
-	}
-	config, err := rest.InClusterConfig()
-	if errors.Is(err, rest.ErrNotInCluster) {
-		return nil, errors.New("--secure-listen has to ask the API server who may read, and this is no pod: name a --kubeconfig")
-	} else if err != nil {
-		return nil, fmt.Errorf("--secure-listen has to ask the API server who may read: %w", err)
-	}
-	return config, nil
 }
 
 // secureListener accepts TLS connections from the network.
@@ -75,10 +53,10 @@ type secureListener struct {
 }
 
 // open starts to listen; node is the name for a certificate made at start.
-func (o *secureOptions) open(node string, log *slog.Logger) (*secureListener, error) {
-	config, err := o.config()
+func (o *secureOptions) open(kube *kubeOptions, node string, log *slog.Logger) (*secureListener, error) {
+	config, err := kube.config()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("--secure-listen has to ask the API server who may read: %w", err)
 	}
 	gate, err := access.New(config, log)
 	if err != nil {

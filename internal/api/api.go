@@ -24,13 +24,22 @@ type Header struct {
 	Stale   bool      `json:"stale"`           // newer readings failed
 	Error   string    `json:"error,omitempty"` // why
 	Torn    bool      `json:"torn,omitempty"`  // the rules kept changing during the reading
+	API     *API      `json:"api,omitempty"`   // what the rules were compared with, if with anything
+}
+
+// API says whether the rules were compared with the Kubernetes API, and how.
+type API struct {
+	Compared bool       `json:"compared"`          // otherwise error says why not
+	Release  string     `json:"release,omitempty"` // of kube-proxy, whose rules are expected
+	Error    string     `json:"error,omitempty"`   // what keeps the agent from knowing what the API wants now
+	AsOf     *time.Time `json:"asOf,omitempty"`    // with an error: the last moment of which it knows
 }
 
 // Services is the document of "agent services" and /api/v1/services.
 type Services struct {
 	Snapshot Header    `json:"snapshot"`
 	Services []Service `json:"services"`
-	Findings []Finding `json:"findings"` // about the node
+	Findings []Finding `json:"findings"` // about the node, and about Services that the rules do not have
 }
 
 // Service is one port of a Service.
@@ -41,6 +50,8 @@ type Service struct {
 	Protocol        string     `json:"protocol"`
 	SessionAffinity *Affinity  `json:"sessionAffinity,omitempty"`
 	Frontends       []Frontend `json:"frontends"`
+	Desired         *Desired   `json:"desired,omitempty"`
+	Observed        *Observed  `json:"observed,omitempty"`
 	Findings        []Finding  `json:"findings"`
 }
 
@@ -110,9 +121,13 @@ type ServiceKey struct {
 	Protocol  string `json:"protocol"`
 }
 
-// Evidence is what a finding rests on.
+// Evidence is what a finding rests on: rules by their text, objects of the API as
+// "Service default/go-app", addresses of endpoints, tracked connections.
 type Evidence struct {
-	Rules []string `json:"rules,omitempty"`
+	Rules     []string         `json:"rules,omitempty"`
+	Objects   []string         `json:"objects,omitempty"`
+	Addresses []netip.AddrPort `json:"addresses,omitempty"`
+	Flows     []string         `json:"flows,omitempty"`
 }
 
 // Trace is the document of "agent trace" and /api/v1/trace.
@@ -203,7 +218,17 @@ func (e notFound) Is(target error) bool { return target == ErrNotFound }
 
 // HeaderOf describes a snapshot.
 func HeaderOf(s *snapshot.Snapshot) Header {
-	return Header{Node: s.Node, Time: s.Time.UTC(), Backend: s.Backend, Stale: s.Stale, Error: s.Error, Torn: s.Rules.Torn}
+	h := Header{Node: s.Node, Time: s.Time.UTC(), Backend: s.Backend, Stale: s.Stale, Error: s.Error, Torn: s.Rules.Torn}
+	if c := &s.API; c.Known || c.Error != "" {
+		h.API = &API{Compared: c.Known, Error: c.Error}
+		if c.Release != 0 {
+			h.API.Release = c.Release.String()
+		}
+		if at := c.Confirmed.UTC(); c.Known && c.Error != "" {
+			h.API.AsOf = &at
+		}
+	}
+	return h
 }
 
 // Filter chooses Services; empty fields fit all.
@@ -231,7 +256,7 @@ func (f Filter) fits(s *chain.Service) bool {
 
 // ServicesOf makes the document of the Services that the filter chooses.
 func ServicesOf(s *snapshot.Snapshot, f Filter) Services {
-	doc := Services{Snapshot: HeaderOf(s), Services: []Service{}, Findings: findingsOf(s, s.Programmed.Findings)}
+	doc := Services{Snapshot: HeaderOf(s), Services: []Service{}, Findings: findingsOf(s.NodeFindings())}
 	for i := range s.Programmed.Services {
 		if sv := &s.Programmed.Services[i]; f.fits(sv) {
 			doc.Services = append(doc.Services, serviceOf(s, sv))
@@ -252,7 +277,8 @@ func ServiceOf(s *snapshot.Snapshot, f Filter) (Services, error) {
 func serviceOf(s *snapshot.Snapshot, sv *chain.Service) Service {
 	out := Service{
 		Namespace: sv.Namespace, Name: sv.Name, Port: sv.Port, Protocol: sv.Protocol.String(),
-		Frontends: make([]Frontend, len(sv.Frontends)), Findings: findingsOf(s, sv.Findings),
+		Frontends: make([]Frontend, len(sv.Frontends)), Findings: findingsOf(s.ServiceFindings(sv)),
+		Desired: desiredOf(s, sv.ServicePort), Observed: observedOf(s, sv.ServicePort),
 	}
 	if sv.AffinitySeconds > 0 {
 		out.SessionAffinity = &Affinity{Type: "ClientIP", TimeoutSeconds: sv.AffinitySeconds}
@@ -329,18 +355,18 @@ func RuleText(r chain.RuleRef) string {
 
 // FindingsOf makes the document of all findings.
 func FindingsOf(s *snapshot.Snapshot) Findings {
-	return Findings{Snapshot: HeaderOf(s), Findings: findingsOf(s, s.Findings())}
+	return Findings{Snapshot: HeaderOf(s), Findings: findingsOf(s.Findings())}
 }
 
 var severityOrder = map[chain.Severity]int{chain.Error: 0, chain.Warning: 1, chain.Info: 2}
 
-func findingsOf(s *snapshot.Snapshot, list []chain.Finding) []Finding {
+func findingsOf(list []snapshot.Finding) []Finding {
 	out := make([]Finding, len(list))
 	for i := range list {
 		f := &list[i]
 		out[i] = Finding{
 			Code: f.Code, Severity: f.Severity, Message: f.Message,
-			Evidence: Evidence{Rules: ruleTexts(f.Rules)}, Since: s.Since[snapshot.FindingKey(f)].UTC(),
+			Evidence: Evidence{ruleTexts(f.Rules), f.Objects, f.Addresses, f.Flows}, Since: f.Since.UTC(),
 		}
 		if f.Service != nil {
 			out[i].Service = &ServiceKey{f.Service.Namespace, f.Service.Name, f.Service.Port, f.Service.Protocol.String()}
@@ -393,7 +419,7 @@ func TraceOf(s *snapshot.Snapshot, q Query) (Trace, error) {
 		Outcomes: make([]Outcome, len(t.Outcomes)),
 		Unknown:  append([]string{}, ruleTexts(append(t.Unknown, t.Broken...))...),
 	}
-	doc.Findings = slices.DeleteFunc(findingsOf(s, s.Programmed.Findings), func(f Finding) bool { return f.Severity != chain.Error })
+	doc.Findings = slices.DeleteFunc(findingsOf(s.NodeFindings()), func(f Finding) bool { return f.Severity != chain.Error || f.Service != nil })
 	for i, o := range t.Outcomes {
 		out := Outcome{Verdict: o.Verdict, Share: o.Share.Float64(), Exact: o.Share.Exact(), MaxShare: maxOf(o.Share, o.Max), Masquerade: o.Masquerade, Path: make([]Step, len(o.Path))}
 		if o.Verdict == chain.DNAT {

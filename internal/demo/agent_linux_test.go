@@ -294,6 +294,9 @@ func checkAPI(t *testing.T, r *running, live bool) {
 	if text := r.fetch(t, "/metrics"); !strings.Contains(text, "\nnatlens_") || !strings.Contains(text, `"go-app"`) {
 		t.Errorf("/metrics says nothing of go-app:\n%s", text)
 	}
+	if text := r.fetch(t, "/api/v1/echo"); strings.Contains(text, `"probing":true`) != live || strings.Contains(text, `"frontend":"10.56.11.169:80"`) != live {
+		t.Errorf("/api/v1/echo says %s", text)
+	}
 	if text := r.fetch(t, "/"); !strings.Contains(strings.ToLower(text), "<html") {
 		t.Errorf("/ is no page:\n%.300s", text)
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/natlens/natlens/internal/nodebox"
 	"github.com/natlens/natlens/internal/snapshot"
 	"github.com/natlens/natlens/pkg/chain"
+	"github.com/natlens/natlens/pkg/conntrack"
 	"github.com/natlens/natlens/pkg/netfilter"
 )
 
@@ -131,6 +132,19 @@ func (b boxReader) Read(ctx context.Context) (rs *netfilter.Ruleset, err error) 
 		return err
 	})
 	return rs, err
+}
+
+// Flows lets a reader of tracked connections read those of the node in the box.
+func (d *Demo) Flows(r snapshot.FlowReader) snapshot.FlowReader { return boxFlows{d.box.Node, r} }
+
+type boxFlows struct {
+	node *nodebox.Namespace
+	snapshot.FlowReader
+}
+
+// Dump implements snapshot.FlowReader.
+func (b boxFlows) Dump(ctx context.Context, each func(*conntrack.Flow)) error {
+	return b.node.Do(func() error { return b.FlowReader.Dump(ctx, each) })
 }
 
 // Node tells about the node in the box.

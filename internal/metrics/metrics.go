@@ -50,17 +50,30 @@ var (
 	shareMin  = prometheus.NewDesc("natlens_service_share_min_ratio", "Smallest share of new connections that an endpoint gets in the Service port's main route. Equal shares are 1 over the number of endpoints.", serviceLabels, nil)
 	shareMax  = prometheus.NewDesc("natlens_service_share_max_ratio", "Largest share of new connections that an endpoint gets in the Service port's main route.", serviceLabels, nil)
 	findings  = prometheus.NewDesc("natlens_findings", "Present findings of each kind.", []string{"code", "severity"}, nil)
+	compared  = prometheus.NewDesc("natlens_api_compared", "Whether the rules are compared with what the Kubernetes API wants now: 0 while it cannot be reached, or the rules cannot be compared.", nil, nil)
+	pending   = prometheus.NewDesc("natlens_api_pending_differences", "Differences between the rules and the API that kube-proxy is given time to mend; later they are findings.", nil, nil)
 	epShare   = prometheus.NewDesc("natlens_endpoint_share_ratio", "Share of new connections that an endpoint gets in the Service port's main route.", endpointLabels, nil)
 )
 
+// NewLatency returns a histogram of how long the rules take to follow the API, in
+// seconds.
+func NewLatency() prometheus.Histogram {
+	return prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name:    "natlens_programming_latency_seconds",
+		Help:    "Time from the moment that the Kubernetes API told of a change of a Service or its endpoints to the moment that the rules in the kernel were so, for each change that was followed.",
+		Buckets: []float64{0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300},
+	})
+}
+
 // Describe implements prometheus.Collector.
 func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{buildInfo, up, duration, reads, stamp, rules, changes, services, epCount, shareMin, shareMax, findings} {
+	for _, d := range []*prometheus.Desc{buildInfo, up, duration, reads, stamp, rules, changes, services, epCount, shareMin, shareMax, findings, compared, pending, echoProbes, echoDuration, echoConsistent} {
 		ch <- d
 	}
 	if c.endpoints {
 		ch <- epShare
 	}
+	c.describeObserved(ch)
 }
 
 // Collect implements prometheus.Collector.
@@ -94,6 +107,15 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 		gauge(rules, float64(t.RuleCount()), t.Name, t.Family.String(), string(t.Backend))
 	}
 	gauge(services, float64(len(s.Programmed.Services)))
+	if a := &s.API; a.Known || a.Error != "" {
+		ok := 0.0
+		if a.Known && a.Error == "" {
+			ok = 1
+		}
+		gauge(compared, ok)
+		gauge(pending, float64(a.Pending))
+	}
+	collectEcho(ch, s.Echo)
 	count := map[[2]string]int{}
 	for _, f := range s.Findings() {
 		count[[2]string{string(f.Code), string(f.Severity)}]++
@@ -104,6 +126,7 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	for i := range s.Programmed.Services {
 		c.service(gauge, &s.Programmed.Services[i])
 	}
+	c.collectObserved(ch, s)
 }
 
 func (c *Collector) service(gauge func(*prometheus.Desc, float64, ...string), sv *chain.Service) {

@@ -23,6 +23,7 @@ import (
 	"github.com/natlens/natlens/internal/api"
 	"github.com/natlens/natlens/internal/snapshot"
 	"github.com/natlens/natlens/pkg/chain"
+	"github.com/natlens/natlens/pkg/conntrack"
 	"github.com/natlens/natlens/pkg/iptables"
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -296,6 +297,12 @@ func TestSameAsJSON(t *testing.T) {
 		want := map[string]float64{"natlens_services{}": float64(len(doc.Services))}
 		for _, sv := range doc.Services {
 			labels := "namespace=" + sv.Namespace + ",port=" + sv.Port + ",protocol=" + sv.Protocol + ",service=" + sv.Name + "}"
+			if sv.Observed.Connections != nil && sv.Observed.NotCounted == "" {
+				want["natlens_service_connections_total{"+labels] = float64(*sv.Observed.Connections)
+				for _, e := range sv.Observed.Endpoints {
+					want["natlens_endpoint_connections_total{endpoint="+e.Address+","+labels] = float64(*e.Connections)
+				}
+			}
 			endpoints := sv.Frontends[0].Routes[0].Endpoints
 			want["natlens_service_endpoints{"+labels] = float64(len(endpoints))
 			if len(endpoints) == 0 {
@@ -322,5 +329,40 @@ func TestSameAsJSON(t *testing.T) {
 				t.Errorf("%s is not in the JSON", name)
 			}
 		}
+	}
+}
+
+// tracked is conntrack with two connections to one endpoint.
+type tracked struct{ err error }
+
+func (c tracked) Dump(_ context.Context, each func(*conntrack.Flow)) error {
+	f := conntrack.Flow{Protocol: netfilter.TCP, State: 3, Destination: netip.MustParseAddrPort("10.56.15.149:80"), To: netip.MustParseAddrPort("10.52.1.32:8080")}
+	each(&f)
+	each(&f)
+	f.To = netip.MustParseAddrPort("10.52.9.9:8080")
+	each(&f)
+	return c.err
+}
+
+func TestFlows(t *testing.T) {
+	k, _ := newKeeper(capture(t, iptablesCapture))
+	if err := k.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	const labels = "{namespace=default,port=,protocol=TCP,service=go-app}"
+	k.Snapshot().Look(t.Context(), tracked{}, nil)
+	values := series(t, register(t, k, false))
+	for name, want := range map[string]float64{"natlens_service_flows" + labels: 2, "natlens_service_stale_flows" + labels: 1, "natlens_conntrack_flows{}": 3, "natlens_conntrack_up{}": 1} {
+		if got, ok := values[name]; !ok || got != want {
+			t.Errorf("%s = %v (there: %t), want %v", name, got, ok, want)
+		}
+	}
+	k.Snapshot().Look(t.Context(), tracked{errors.New("no")}, nil)
+	values = series(t, register(t, k, false))
+	if up, ok := values["natlens_conntrack_up{}"]; !ok || up != 0 {
+		t.Errorf("natlens_conntrack_up = %v (there: %t) after a failure", up, ok)
+	}
+	if _, ok := values["natlens_conntrack_flows{}"]; ok {
+		t.Error("a number of flows, though none was ever read")
 	}
 }

@@ -102,6 +102,13 @@ func header(w io.Writer, h api.Header) {
 	if h.Torn {
 		fmt.Fprintln(w, "! the rules kept changing while they were read; parts may be older than others")
 	}
+	switch a := h.API; {
+	case a == nil || a.Error == "":
+	case a.Compared:
+		fmt.Fprintf(w, "! compared with what the Kubernetes API wanted at %s: %s\n", a.AsOf.Format(time.RFC3339), a.Error)
+	default:
+		fmt.Fprintf(w, "! not compared with the Kubernetes API: %s\n", a.Error)
+	}
 }
 
 func findings(w io.Writer, list []api.Finding, indent string) {
@@ -411,7 +418,8 @@ func ServicesWide(out io.Writer, doc api.Services) error {
 			fmt.Fprintf(w, ", session affinity %s for %s (shares are those of a new client)", s.SessionAffinity.Type, duration(s.SessionAffinity.TimeoutSeconds))
 		}
 		fmt.Fprintln(w)
-		wideFindings(w, s.Findings, "  ")
+		wideFindings(w, unnamed(s.Findings), "  ")
+		sideBySide(w, s)
 		for _, f := range s.Frontends {
 			fmt.Fprintf(w, "  %s\n", frontend(f, "TCP"))
 			if len(f.Accepted) > 1 {
@@ -425,15 +433,23 @@ func ServicesWide(out io.Writer, doc api.Services) error {
 	return w.err
 }
 
-// wideFindings prints findings without the name of their Service, which stands
-// above them, and with the rules that they rest on.
+// wideFindings prints findings with what they rest on.
 func wideFindings(w io.Writer, list []api.Finding, indent string) {
 	for _, f := range list {
-		fmt.Fprintf(w, "%s%s %s: %s\n", indent, mark(f.Severity), f.Code, f.Message)
-		for _, r := range f.Evidence.Rules {
+		findings(w, []api.Finding{f}, indent)
+		for _, r := range slices.Concat(f.Evidence.Rules, f.Evidence.Objects, f.Evidence.Flows) {
 			fmt.Fprintf(w, "%s    %s\n", indent, r)
 		}
 	}
+}
+
+// unnamed leaves the name of the Service out, which stands above its findings.
+func unnamed(list []api.Finding) []api.Finding {
+	out := slices.Clone(list)
+	for i := range out {
+		out[i].Service = nil
+	}
+	return out
 }
 
 // list prints values with commas between them.

@@ -47,6 +47,37 @@ func golden(t *testing.T, name, got string) {
 	}
 }
 
+func ptr[T any](v T) *T { return &v }
+
+// TestSideBySide prints what the rules, the API and the traffic say of the same
+// endpoints.
+func TestSideBySide(t *testing.T) {
+	const a, b, c, d = "10.52.1.4:8080", "10.52.1.5:8080", "10.52.1.6:8080", "[fd00:52::7]:8080"
+	s := api.Service{Namespace: "default", Name: "go-app", Protocol: "TCP",
+		Frontends: []api.Frontend{{Type: "ClusterIP", Family: "ipv4", Address: "10.56.11.169", Port: 80, Routes: []api.Route{{
+			From: chain.Classes, Verdict: chain.RouteDNAT, Endpoints: []api.Endpoint{{Address: a, Share: 0.5, Chain: "KUBE-SEP-A"}, {Address: b, Share: 0.5, Chain: "KUBE-SEP-B"}},
+		}}}},
+		Desired: &api.Desired{Endpoints: []netip.AddrPort{netip.MustParseAddrPort(a), netip.MustParseAddrPort(c)}},
+		Observed: &api.Observed{
+			Since: &at, Connections: ptr(uint64(9)), Flows: ptr(3), StaleFlows: ptr(2), FlowsTime: &at,
+			Endpoints: []api.ObservedEndpoint{
+				{Address: a, Connections: ptr(uint64(6)), Share: ptr(0.75), Flows: ptr(3), Pinned: ptr(100), PinnedFull: true},
+				{Address: b, Connections: ptr(uint64(2)), Share: ptr(0.25), Flows: ptr(0), Pinned: ptr(1)}, {Address: d, Flows: ptr(0)},
+			},
+		},
+	}
+	failed := s
+	failed.Name, failed.Desired = "failed", nil
+	failed.Observed = &api.Observed{NotCounted: "one rule sends the connections of several Services there", FlowsError: "no", Flows: ptr(0), Endpoints: []api.ObservedEndpoint{{Address: a}}}
+	unknown := s
+	unknown.Name, unknown.Desired, unknown.Observed = "unknown", nil, nil
+	var out bytes.Buffer
+	if err := render.ServicesWide(&out, api.Services{Services: []api.Service{s, failed, unknown}}); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "services-observed", out.String())
+}
+
 func TestPercent(t *testing.T) {
 	const third = 715827883.0 / (1 << 31) // as the kernel keeps it
 	for _, tt := range []struct {

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/natlens/natlens/internal/observed"
 	"github.com/natlens/natlens/pkg/chain"
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -29,12 +30,37 @@ type Keeper struct {
 	// Moved reports whether rules have changed since the last reading, as far as
 	// can be told at next to no cost; nil for never.
 	Moved func() bool
+	// First is told, ahead of each reading, the chains of the Services that the API
+	// has changed of late: a reader that takes long looks at those first. Nil where
+	// all is read at once.
+	First func(chains []string)
+	// Sleep blocks the calling thread, for less than the given time if need be; nil
+	// for a timer. Of a thread that sleeps, the runtime takes no notice: that halves
+	// the cost of looking up ten times a second.
+	Sleep func(time.Duration)
+	// API is what the rules are compared with; nil for nothing. A difference is a
+	// finding after Grace; what the rules alone show, after a few seconds at most.
+	API   API
+	Grace time.Duration
+	// Followed is told how long the rules took to follow a change of the API.
+	Followed func(time.Duration)
+	// Flows tells which connections are tracked, and Pins whom session affinity
+	// binds; nil for nobody. FlowPause is the least time from the end of one look at
+	// them to the start of the next.
+	Flows     FlowReader
+	Pins      observed.PinReader
+	FlowPause time.Duration
+	// Echo connects to Services and tells who answers; nil for nothing.
+	Echo Echo
 
+	comparer
+	observer
 	current atomic.Pointer[Snapshot]
 	reads   atomic.Uint64
 	failed  atomic.Uint64
 	changes atomic.Uint64
 	movedAt time.Time // when Run last saw that rules had moved
+	foundAt time.Time // when a reading last found others than the one before
 
 	mu      sync.Mutex
 	waiting map[chan struct{}]bool
@@ -44,12 +70,19 @@ type Keeper struct {
 // a reading is at least so many times as long as the reading was.
 const busyShare = 10
 
+// countShare does so for readings that find nothing but counters, while no rule
+// has moved for a while; mostCountRest bounds that pause.
+const (
+	countShare    = 2000
+	mostCountRest = time.Minute
+)
+
 // mostRest bounds that pause where rules have moved: the first reading of a large
 // table is not to keep the next small change waiting.
 const mostRest = 5 * time.Second
 
 // How often the reader is asked whether rules have moved. The question takes
-// microseconds, but waking up costs a fifth of a millisecond. So it is asked
+// microseconds, but waking up costs a tenth of a millisecond. So it is asked
 // often only for a while after rules have moved: changes come in bursts.
 const (
 	pollPause = 100 * time.Millisecond
@@ -66,38 +99,152 @@ func (k *Keeper) Reads() (ok, failed uint64) { return k.reads.Load(), k.failed.L
 // Changes returns how many readings found other rules than the one before.
 func (k *Keeper) Changes() uint64 { return k.changes.Load() }
 
-// Run reads until the context ends: whenever rules have moved, and at each
-// interval for what they have counted.
+// Run reads until the context ends: whenever rules have moved, when a difference
+// may count, and at each interval for what the rules have counted.
 func (k *Keeper) Run(ctx context.Context) {
+	k.tracker.Grace = k.Grace
+	k.ripe = make(chan struct{}, 1)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	if k.API != nil {
+		wg.Go(func() { k.keepConfirmed(ctx) })
+	}
+	if k.Flows != nil {
+		wg.Go(func() { k.watchTraffic(ctx) })
+	}
 	for ctx.Err() == nil {
 		start := time.Now()
 		_ = k.Refresh(ctx) // logged, and shown in every output
 		rest := busyShare * time.Since(start)
-		k.pause(ctx, min(rest, mostRest), max(k.Interval, rest))
+		long := max(k.Interval, rest, k.countRest(time.Since(start)))
+		k.pause(ctx, min(rest, mostRest), min(long, max(k.untilTold(long), rest)))
 	}
 }
 
-// pause waits for so long, or, after a rest, until rules have moved.
+// holds is how long a new finding about the rules alone is kept back.
+func (k *Keeper) holds() time.Duration { return min(k.Grace, settled) }
+
+// untilTold is the time until a finding is told that is kept back; otherwise, if
+// there is none.
+func (k *Keeper) untilTold(otherwise time.Duration) time.Duration {
+	if s := k.current.Load(); s != nil && !s.Stale {
+		if since := s.heldSince(); !since.IsZero() {
+			return time.Until(since.Add(k.holds()))
+		}
+	}
+	return otherwise
+}
+
+// countRest returns how long counters may rest after a reading that took so long;
+// 0 for no longer than other rules.
+func (k *Keeper) countRest(took time.Duration) time.Duration {
+	s := k.current.Load()
+	// What has moved is confirmed within a minute, by a reading too.
+	if k.Moved == nil || s == nil || s.Stale || s.hasLegacy() || time.Since(k.foundAt) < mostCountRest || time.Since(k.movedAt) < mostCountRest {
+		return 0
+	}
+	return min(countShare*took, mostCountRest)
+}
+
+// pause waits for so long, or, after a rest, until rules have moved or a
+// difference may count. Meanwhile it takes in what the API and the probes tell.
 func (k *Keeper) pause(ctx context.Context, rest, long time.Duration) {
 	start := time.Now()
-	timer := time.NewTimer(max(rest, k.step(long)))
-	defer timer.Stop()
+	look := start.Add(max(rest, k.step(long))) // when to ask whether rules have moved
+	var recheck time.Time                      // when to compare with the API; zero for not at all
+	changed := k.changed()
 	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-timer.C:
+		next := look
+		if !recheck.IsZero() && recheck.Before(look) {
+			next = recheck
 		}
-		left := long - time.Since(start)
+		switch k.nap(ctx, time.Until(next), changed) {
+		case newsOfAPI:
+			changed, recheck = nil, k.rechecked.Add(k.recheckPause())
+		case newsOfEcho:
+			k.echoed()
+		case newsOfDue:
+			long, look = rest, start.Add(rest)
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		now := time.Now()
+		if !recheck.IsZero() && !now.Before(recheck) {
+			k.recheck()
+			k.rechecked = time.Now()
+			changed, recheck = k.changed(), time.Time{}
+		}
+		if now.Before(look) {
+			continue
+		}
+		left := long - now.Sub(start)
 		if left <= 0 {
 			return
 		}
 		if k.Moved != nil && k.Moved() {
-			k.movedAt = time.Now()
+			k.movedAt = now
 			return
 		}
-		timer.Reset(min(k.step(left), left))
+		look = now.Add(min(k.step(left), left))
 	}
+}
+
+// news is what ends a nap early.
+type news int
+
+const (
+	noNews     news = iota
+	newsOfAPI       // the API wants something else
+	newsOfEcho      // a probe has told something
+	newsOfDue       // a difference may count, if it is still there
+)
+
+// nap waits for so long, or until there is news. Where a thread sleeps instead,
+// news waits until it wakes.
+func (k *Keeper) nap(ctx context.Context, d time.Duration, changed <-chan struct{}) news {
+	if k.Sleep != nil && d <= pollPause {
+		if n := k.news(changed); n != noNews {
+			return n
+		}
+		k.Sleep(d)
+		return k.news(changed)
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-changed:
+		return newsOfAPI
+	case <-k.echoes():
+		return newsOfEcho
+	case <-k.ripe:
+		return newsOfDue
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+	return noNews
+}
+
+// news tells what there is, without waiting.
+func (k *Keeper) news(changed <-chan struct{}) news {
+	select {
+	case <-changed:
+		return newsOfAPI
+	case <-k.echoes():
+		return newsOfEcho
+	case <-k.ripe:
+		return newsOfDue
+	default:
+		return noNews
+	}
+}
+
+// changed gets a value when the API wants something else; nil without an API.
+func (k *Keeper) changed() <-chan struct{} {
+	if k.API == nil {
+		return nil
+	}
+	return k.API.Changed()
 }
 
 // step returns how long to wait before the next look, when nothing is expected
@@ -135,16 +282,28 @@ func (k *Keeper) Refresh(ctx context.Context) error {
 	next.Took = time.Since(start)
 	changed := last == nil || last.Version != next.Version
 	if changed {
+		k.foundAt = next.Time
+	}
+	if last != nil {
+		next.hold(last, k.holds())
+	}
+	k.compared(next)
+	k.observed(next)
+	k.probed(next)
+	if changed {
 		if last != nil {
 			k.changes.Add(1)
 		}
-		k.Log.Info("the rules changed", "services", len(next.Programmed.Services), "rules", next.Rules.RuleCount(), "findings", len(next.Since), "took", next.Took)
+		k.Log.Info("the rules changed", "services", len(next.Programmed.Services), "rules", next.Rules.RuleCount(), "findings", len(next.Findings()), "took", next.Took)
 	}
-	k.publish(next, changed || last.Stale)
+	k.publish(next, last == nil || last.Version != next.Version || last.Stale)
 	return nil
 }
 
 func (k *Keeper) read(ctx context.Context, last *Snapshot, now time.Time) (*Snapshot, error) {
+	if k.First != nil {
+		k.First(k.ahead.chains(now))
+	}
 	rs, err := k.Reader.Read(ctx)
 	if err != nil {
 		return nil, err

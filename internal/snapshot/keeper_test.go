@@ -118,7 +118,7 @@ func since(t *testing.T, s *Snapshot, c chain.Code) time.Time {
 	t.Helper()
 	for _, f := range s.Findings() {
 		if f.Code == c {
-			return s.Since[FindingKey(&f)]
+			return f.Since
 		}
 	}
 	t.Fatalf("no finding %s among %q", c, codes(s))
@@ -255,6 +255,52 @@ func TestFindingsSince(t *testing.T) {
 	})
 }
 
+// kube-proxy writes table after table: what is odd between them is not told, and
+// what stays so is, to the moment.
+func TestFindingHeld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k, r := newKeeper(dump)
+		k.Interval, k.Grace = time.Hour, 30*time.Second
+		var moved atomic.Bool
+		k.Moved = func() bool { return moved.Swap(false) }
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			k.Run(ctx)
+			close(done)
+		}()
+		write := func(text string, then time.Duration) {
+			r.set(text, nil)
+			moved.Store(true)
+			time.Sleep(then)
+			synctest.Wait()
+		}
+		synctest.Wait()
+		news, end := k.Subscribe()
+		defer end()
+		write(uneven, 3*time.Second)
+		write(dump, time.Second)
+		write(uneven, settled-time.Second)
+		if got := codes(k.Snapshot()); slices.Contains(got, string(chain.SharesUneven)) {
+			t.Errorf("%v after less than %v", got, settled)
+		}
+		heard(news)
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if age := time.Since(since(t, k.Snapshot(), chain.SharesUneven)); age < settled || age > settled+2*time.Second {
+			t.Errorf("told when it was %v old", age)
+		}
+		if !heard(news) {
+			t.Error("nobody was told")
+		}
+		if k.Changes() != 3 {
+			t.Errorf("%d changes of the rules, want 3", k.Changes())
+		}
+		stop()
+		<-done
+	})
+}
+
 func TestVersion(t *testing.T) {
 	k, r := newKeeper(dump)
 	steps := []struct {
@@ -322,39 +368,92 @@ func TestRun(t *testing.T) {
 // TestRunWhenMoved checks that moved rules are read at once, but that rules that
 // move all the time are not read all the time.
 func TestRunWhenMoved(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		k, r := newKeeper(dump)
-		r.takes = 50 * time.Millisecond
-		var moved atomic.Bool
-		k.Moved = moved.Load
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan struct{})
-		go func() {
-			k.Run(ctx)
-			close(done)
-		}()
-		time.Sleep(3 * time.Second)
-		if n := r.readings(); n != 1 {
-			t.Errorf("%d readings while nothing moved, want the first only", n)
+	for name, sleep := range map[string]func(time.Duration){"timer": nil, "thread": time.Sleep} {
+		t.Run(name, func(t *testing.T) { synctest.Test(t, func(t *testing.T) { testRunWhenMoved(t, sleep) }) })
+	}
+}
+
+func testRunWhenMoved(t *testing.T, sleep func(time.Duration)) {
+	k, r := newKeeper(dump)
+	k.Sleep = sleep
+	r.takes = 50 * time.Millisecond
+	var moved atomic.Bool
+	k.Moved = moved.Load
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		k.Run(ctx)
+		close(done)
+	}()
+	time.Sleep(3 * time.Second)
+	if n := r.readings(); n != 1 {
+		t.Errorf("%d readings while nothing moved, want the first only", n)
+	}
+	at := time.Now()
+	moved.Store(true)
+	time.Sleep(3 * time.Second)
+	cancel()
+	<-done
+	if len(r.began) < 3 {
+		t.Fatalf("%d readings, though rules moved", len(r.began))
+	}
+	if late := r.began[1].Sub(at); late > pollPause {
+		t.Errorf("moved rules were read after %v, want at most %v", late, pollPause)
+	}
+	const least = 550 * time.Millisecond // ten times what a reading takes, and the reading
+	for i := 2; i < len(r.began); i++ {
+		if got := r.began[i].Sub(r.began[i-1]); got < least || got > least+pollSoon {
+			t.Errorf("reading %d began %v after the one before, want %v", i, got, least)
 		}
-		at := time.Now()
-		moved.Store(true)
-		time.Sleep(3 * time.Second)
-		cancel()
-		<-done
-		if len(r.began) < 3 {
-			t.Fatalf("%d readings, though rules moved", len(r.began))
-		}
-		if late := r.began[1].Sub(at); late > pollPause {
-			t.Errorf("moved rules were read after %v, want at most %v", late, pollPause)
-		}
-		const least = 550 * time.Millisecond // ten times what a reading takes, and the reading
-		for i := 2; i < len(r.began); i++ {
-			if got := r.began[i].Sub(r.began[i-1]); got < least || got > least+pollSoon {
-				t.Errorf("reading %d began %v after the one before, want %v", i, got, least)
-			}
-		}
-	})
+	}
+}
+
+// TestCountersRest wants readings that find counters only to be rare in proportion
+// to what they take, but not where rules can move unnoticed.
+func TestCountersRest(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		backend netfilter.Backend
+		takes   time.Duration
+		pause   time.Duration
+	}{
+		{"short", netfilter.BackendNFT, time.Millisecond, 5 * time.Second},
+		{"long", netfilter.BackendNFT, 10 * time.Millisecond, countShare * 10 * time.Millisecond},
+		{"very long", netfilter.BackendNFT, 400 * time.Millisecond, mostCountRest},
+		{"legacy", netfilter.BackendLegacy, 10 * time.Millisecond, 5 * time.Second},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				text := dump
+				if test.backend == netfilter.BackendLegacy {
+					text = strings.Replace(dump, " (nf_tables)", " (legacy)", 1)
+				}
+				k, r := newKeeper(text)
+				r.takes = test.takes
+				k.Moved = func() bool { return false }
+				ctx, cancel := context.WithCancel(t.Context())
+				done := make(chan struct{})
+				go func() {
+					k.Run(ctx)
+					close(done)
+				}()
+				time.Sleep(5 * time.Minute)
+				cancel()
+				<-done
+				if got := k.Snapshot().Rules.Tables[0].Backend; got != test.backend {
+					t.Fatalf("backend %q, want %q", got, test.backend)
+				}
+				// At first, rules may still be moving.
+				if got := r.began[1].Sub(r.began[0]); got > k.Interval+2*test.takes {
+					t.Errorf("the second reading began %v after the first, want %v", got, k.Interval)
+				}
+				n := len(r.began)
+				if got := r.began[n-1].Sub(r.began[n-2]); got != test.pause+test.takes {
+					t.Errorf("later ones %v after each other, want %v", got, test.pause+test.takes)
+				}
+			})
+		})
+	}
 }
 
 // sameReader returns the very ruleset of the last time.
@@ -476,8 +575,8 @@ func TestKeeperConcurrently(t *testing.T) {
 			for range 50 {
 				news, end := k.Subscribe()
 				s := k.Snapshot()
-				if len(s.Findings()) != len(s.Since) {
-					t.Errorf("%d findings with %d times", len(s.Findings()), len(s.Since))
+				if len(s.Findings()) != len(s.since) {
+					t.Errorf("%d findings with %d times", len(s.Findings()), len(s.since))
 				}
 				heard(news)
 				end()

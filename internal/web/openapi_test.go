@@ -286,7 +286,7 @@ func TestOpenAPIFields(t *testing.T) {
 			}
 		}
 	}
-	for _, doc := range []any{api.Services{}, api.Findings{}, api.Trace{}, api.Chain{}, api.Error{}} {
+	for _, doc := range []any{api.Services{}, api.Findings{}, api.Trace{}, api.Chain{}, api.Echo{}, api.Error{}} {
 		compare(reflect.TypeOf(doc))
 	}
 	if diff := cmp.Diff(slices.Sorted(maps.Keys(seen)), slices.Sorted(maps.Keys(s.Components.Schemas))); diff != "" {
@@ -361,12 +361,13 @@ func TestOpenAPIDocuments(t *testing.T) {
 		"node ports": newAgent(t, nodePorts(t)),
 		"no names":   newAgent(t, strings.ReplaceAll(capt, "-m comment --comment", "-m comment --comment x")),
 		"stale":      stale,
+		"probing":    newProbing(t, capt),
 		"starting":   newAgent(t),
 	} {
 		for _, url := range []string{
 			"/api/v1/services", "/api/v1/services?namespace=shop", "/api/v1/services/default/go-app", "/api/v1/services/default/nobody",
 			"/api/v1/trace?to=10.56.15.149:80", "/api/v1/trace?to=10.56.1.2:80&from=node", "/api/v1/trace?to=[fd00::1]:80", "/api/v1/trace?to=here", "/api/v1/trace?to=10.146.0.2:30679&from=external",
-			"/api/v1/findings", "/api/v1/chains/nat/KUBE-SERVICES", "/api/v1/chains/nat/NOTHING", "/version",
+			"/api/v1/findings", "/api/v1/echo", "/api/v1/chains/nat/KUBE-SERVICES", "/api/v1/chains/nat/NOTHING", "/version",
 		} {
 			answer := a.do("GET", url)
 			path, _, _ := strings.Cut(url, "?")

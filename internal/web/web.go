@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"strings"
 	"time"
 
@@ -68,6 +69,7 @@ func NewHandler(cfg Config) http.Handler {
 	mux.HandleFunc("GET /api/v1/trace", s.snapshot(s.trace))
 	mux.HandleFunc("GET /api/v1/findings", s.snapshot(s.findings))
 	mux.HandleFunc("GET /api/v1/chains/{table}/{chain}", s.snapshot(s.chain))
+	mux.HandleFunc("GET /api/v1/echo", s.snapshot(s.echo))
 	mux.HandleFunc("GET /api/v1/events", s.events)
 	mux.Handle("GET /metrics", cfg.Metrics)
 	mux.HandleFunc("GET /livez", s.alive)
@@ -173,6 +175,10 @@ func (s *server) chain(w http.ResponseWriter, r *http.Request, snap *snapshot.Sn
 	s.answer(w, r, snap, func() (any, error) { return api.ChainOf(snap, r.PathValue("table"), r.PathValue("chain")) })
 }
 
+func (s *server) echo(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot) {
+	s.answer(w, r, snap, func() (any, error) { return api.EchoOf(snap), nil })
+}
+
 // answer writes a document as JSON. Two answers to one request have the same
 // ETag exactly while they would be the same.
 func (s *server) answer(w http.ResponseWriter, r *http.Request, snap *snapshot.Snapshot, make func() (any, error)) {
@@ -182,9 +188,14 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, snap *snapshot.S
 	h.Set("Vary", "Accept-Encoding")
 	h.Set("Cache-Control", "no-cache")
 	// A stale snapshot keeps its time, while the reason may become another.
-	tag := fmt.Sprintf(`W/"%x-%x-%t-%x"`, snap.Time.UnixNano(), snap.Version, snap.Stale, crc32.ChecksumIEEE([]byte(snap.Error)))
+	probed := uint64(0)
+	if snap.Echo != nil {
+		probed = snap.Echo.Number
+	}
+	tag := fmt.Sprintf(`W/"%x-%x-%x-%t-%x"`, snap.Time.UnixNano(), snap.Version, probed, snap.Stale, crc32.ChecksumIEEE([]byte(snap.Error)))
 	h.Set("ETag", tag)
-	if match := r.Header.Get("If-None-Match"); match != "" && strings.Contains(match, tag) {
+	match := r.Header.Get("If-None-Match")
+	if strings.Contains(match, tag) {
 		w.WriteHeader(http.StatusNotModified)
 		return
 	}
@@ -198,6 +209,10 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, snap *snapshot.S
 		fail(w, code, err.Error())
 		return
 	}
+	if strings.TrimSpace(match) == "*" { // any, of what is there
+		w.WriteHeader(http.StatusNotModified)
+		return
+	}
 	var body bytes.Buffer
 	enc := json.NewEncoder(&body)
 	enc.SetEscapeHTML(false)
@@ -207,7 +222,7 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, snap *snapshot.S
 		return
 	}
 	const worthwhile = 1 << 10 // bytes: less is not worth compressing
-	if body.Len() < worthwhile || !strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
+	if body.Len() < worthwhile || !acceptsGzip(r.Header.Get("Accept-Encoding")) {
 		w.Write(body.Bytes())
 		return
 	}
@@ -215,6 +230,25 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, snap *snapshot.S
 	z := gzip.NewWriter(w)
 	_, _ = z.Write(body.Bytes()) // a client that went away
 	z.Close()
+}
+
+// acceptsGzip reads an Accept-Encoding header: gzip by name, or else "*", unless
+// its weight is 0 (RFC 9110, 12.5.3).
+func acceptsGzip(header string) bool {
+	rest := false // what "*" says
+	for coding := range strings.SplitSeq(header, ",") {
+		name, weight, _ := strings.Cut(coding, ";")
+		_, q, weighed := strings.Cut(weight, "=")
+		f, err := strconv.ParseFloat(strings.TrimSpace(q), 64)
+		accepted := !weighed || err == nil && f > 0
+		switch strings.ToLower(strings.TrimSpace(name)) {
+		case "gzip":
+			return accepted
+		case "*":
+			rest = accepted
+		}
+	}
+	return rest
 }
 
 // events streams one server-sent event per snapshot that says something new.

@@ -270,12 +270,15 @@ func TestETag(t *testing.T) {
 			t.Errorf("%s: tag %s, seen before %t, want %t, with the same body", step.name, tag, ok, step.same)
 		}
 		seen[tag] = body
-		for _, match := range []string{tag, `"old", ` + tag} {
+		for _, match := range []string{tag, `"old", ` + tag, "*"} {
 			again := a.do("GET", path, "If-None-Match", match)
 			if again.Code != 304 || again.Body.Len() != 0 || again.Header().Get("ETag") != tag {
 				t.Errorf("%s: If-None-Match: %s: %d, %d bytes, tag %s; want 304 and nothing", step.name, match, again.Code, again.Body.Len(), again.Header().Get("ETag"))
 			}
 		}
+	}
+	if got := a.do("GET", "/api/v1/services/default/nope", "If-None-Match", "*"); got.Code != 404 {
+		t.Errorf("what is not there, with If-None-Match: *: %d, want 404", got.Code)
 	}
 	if got := a.do("GET", path, "If-None-Match", `W/"old"`); got.Code != 200 || got.Header().Get("Cache-Control") != "no-cache" {
 		t.Errorf("another tag: %d, Cache-Control %q", got.Code, got.Header().Get("Cache-Control"))
@@ -305,6 +308,13 @@ func TestGzip(t *testing.T) {
 	}
 	if size > len(unpacked)/3 {
 		t.Errorf("%d bytes became %d", len(unpacked), size)
+	}
+	for header, want := range map[string]string{
+		"gzip;q=0": "", "gzip; q=0.0": "", "identity": "", "x-gzipped": "", "*": "gzip", "*, gzip;q=0": "", "*;q=0": "", "*;q=0, GZIP;q=0.5": "gzip",
+	} {
+		if got := a.do("GET", "/api/v1/services", "Accept-Encoding", header).Header().Get("Content-Encoding"); got != want {
+			t.Errorf("Accept-Encoding %s: Content-Encoding %q, want %q", header, got, want)
+		}
 	}
 	if small := a.do("GET", "/api/v1/findings", "Accept-Encoding", "gzip"); small.Header().Get("Content-Encoding") != "" {
 		t.Error("a document of a few bytes is packed")

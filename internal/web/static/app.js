@@ -140,7 +140,10 @@ async function load(everything) {
     header = found.snapshot;
     findings = found.findings;
     if (doc) {
-      services = doc.services.map((s) => ({ ...s, text: searchText(s), print: JSON.stringify(s) }));
+      services = doc.services.map((s) => {
+        const verdict = worstEcho(s.observed?.echo ?? []);
+        return { ...s, echo: verdict, text: searchText(s), print: JSON.stringify([{ ...s, observed: undefined }, verdict]), seen: JSON.stringify({ ...s.observed, echo: undefined }) };
+      });
       servicesHeader = doc.snapshot;
     }
     showAll();
@@ -168,10 +171,7 @@ let live = false;
 
 function listen() {
   const stream = new EventSource("api/v1/events");
-  stream.addEventListener("snapshot", (e) => {
-    const h = JSON.parse(e.data);
-    if (offline || h.time !== servicesHeader?.time || h.stale !== servicesHeader.stale) load(true);
-  });
+  stream.addEventListener("snapshot", () => load(true));
   stream.onopen = () => setLive(true);
   stream.onerror = () => {
     setLive(false);
@@ -201,6 +201,12 @@ function showHeader() {
     alerts.push(["error", "Stale.", `The rules cannot be read any more. What you see was read at ${clock(header.time)}. Reason: ${header.error ?? "unknown"}`]);
   }
   if (header?.torn) alerts.push(["warning", "Torn.", "The rules kept changing while they were read, so some of what follows may be of two moments."]);
+  const api = header?.api;
+  if (api?.error && api.compared) {
+    alerts.push(["warning", "The API is out of reach.", `The rules are compared with what it wanted at ${clock(api.asOf)}; what differs since is not counted. Reason: ${api.error}`]);
+  } else if (api?.error) {
+    alerts.push(["warning", "Not compared with the API.", sentence(api.error)]);
+  }
   showAlerts(alerts);
   if (!header) return;
   $("node").textContent = header.node || "not named";
@@ -237,7 +243,7 @@ function wanted(text) {
 
 function showAll() {
   if (!header) return;
-  const list = services.filter((s) => wanted(s.text));
+  const list = oddFirst(services.filter((s) => wanted(s.text)));
   showFindings(new Set(list.map(serviceKey)));
   showServices(list);
   $("filter-count").textContent = asked.q ? `${list.length.toLocaleString("en")} of ${services.length.toLocaleString("en")}` : "";
@@ -253,6 +259,13 @@ function severityMark(s, text = severities[s]?.[1] ?? s) {
 
 function countsBySeverity(list) {
   return Object.keys(severities).map((s) => [s, list.filter((f) => f.severity === s).length]).filter(([, n]) => n > 0);
+}
+
+// oddFirst sorts those with findings to the front, as "agent services" does.
+function oddFirst(list) {
+  const order = Object.keys(severities);
+  const worst = new Map(list.map((s) => [s, Math.min(order.length, ...s.findings.map((f) => order.indexOf(f.severity)))]));
+  return list.sort((a, b) => worst.get(a) - worst.get(b));
 }
 
 let findingsPrint = null;
@@ -290,6 +303,12 @@ function findingView(f, open) {
   if (rules.length > 0) {
     more.append(el("p", {}, rules.length === 1 ? "The rule:" : "The rules:"), el("ol", { class: "rules" }, ...rules.map((r) => el("li", {}, ruleText(r)))));
   }
+  const objects = f.evidence.objects ?? [];
+  if (objects.length > 0) {
+    more.append(el("p", {}, "In the API: ", ...objects.flatMap((o, i) => [i > 0 ? ", " : "", el("span", { class: "mono" }, o)])));
+  }
+  const flows = f.evidence.flows ?? [];
+  if (flows.length > 0) more.append(el("p", {}, "Tracked connections:"), el("ol", { class: "rules" }, ...flows.map((t) => el("li", {}, t))));
   more.append(el("p", { class: "links" },
     f.service && el("button", { type: "button", class: "plain", onclick: () => go({ q: serviceName(f.service) }) }, `Show only ${serviceName(f.service)}`),
     el("a", { href: `https://github.com/natlens/natlens/blob/main/docs/findings.md#${f.code.toLowerCase()}`, rel: "noreferrer", target: "_blank" }, `What ${f.code} means, and what to do`)));
@@ -327,10 +346,15 @@ function showServices(list) {
   const next = visible.map((s) => {
     const key = serviceKey(s);
     const old = bodies.get(key);
-    if (old?.print === s.print) return old.body;
+    if (old?.print === s.print) {
+      if (old.seen !== s.seen) showObserved(old.body, s, key);
+      old.seen = s.seen;
+      return old.body;
+    }
     const body = serviceView(s, key);
+    showObserved(body, s, key);
     if (old) body.classList.add("changed");
-    bodies.set(key, { print: s.print, body });
+    bodies.set(key, { print: s.print, seen: s.seen, body });
     return body;
   });
   place(table, next);
@@ -362,6 +386,7 @@ function serviceView(s, key) {
     el("span", { class: "service-name" }, s.namespace ? el("span", { class: "dim" }, `${s.namespace}/`) : "", el("strong", {}, s.name), s.port ? `:${s.port}` : ""),
     el("span", { class: "badge" }, s.protocol),
     s.sessionAffinity && el("span", { class: "badge", title: "A client that comes back within this time gets the same endpoint again" }, `${s.sessionAffinity.type} affinity, ${duration(s.sessionAffinity.timeoutSeconds)}`),
+    s.echo && echoMark(s.echo),
     ...countsBySeverity(s.findings).map(([sev, n]) => severityMark(sev, sev === "info" ? `${n} info` : plural(n, sev))));
   const body = el("tbody", {}, el("tr", { class: "service" }, head));
   s.frontends.forEach((f, i) => {
@@ -374,6 +399,58 @@ function serviceView(s, key) {
     });
   });
   return body;
+}
+
+// The verdicts of the echo monitor, the worst first. Counts are in api/v1/echo: here
+// they would make every Service new with every connection.
+const echoWords = {
+  skewed: "traffic does not follow the shares",
+  unknown: "traffic: cannot tell",
+  "not-enough": "traffic: not enough connections yet",
+  "no-endpoints": "traffic: no endpoints",
+  affinity: "traffic: kept at one endpoint",
+  consistent: "traffic follows the shares",
+};
+
+function worstEcho(ports) {
+  const order = Object.keys(echoWords);
+  const [worst] = [...ports].sort((a, b) => order.indexOf(a.verdict) - order.indexOf(b.verdict));
+  return worst && { verdict: worst.verdict, reason: worst.reason };
+}
+
+function echoMark({ verdict, reason }) {
+  const text = echoWords[verdict] ?? verdict;
+  const title = reason ? sentence(reason) : "What connections from this node to the ClusterIP met, beside the programmed shares";
+  return verdict === "skewed" ? severityMark("warning", text) : el("span", { class: "badge", title }, text);
+}
+
+// showObserved puts what traffic did behind a Service's frontends. It leaves the
+// rows before it alone: what is counted changes all the time.
+function showObserved(body, s, key) {
+  body.querySelector("tr.observed")?.remove();
+  const o = s.observed;
+  if (!o || (o.connections === undefined && o.flows === undefined && !o.notCounted)) return;
+  const sums = [
+    o.connections !== undefined && plural(o.connections, "connection") + (o.since ? ` since ${clock(o.since)}` : ""),
+    o.flows !== undefined && plural(o.flows, "flow"),
+    o.staleFlows > 0 && `${plural(o.staleFlows, "flow")} to what is no endpoint any more`,
+    o.notCounted && `not counted: ${o.notCounted}`,
+    o.flowsError,
+  ].filter(Boolean);
+  const view = [el("p", { class: "sum" }, sums.join(", "))];
+  const chips = o.endpoints.map((e) => observedView(s, e));
+  if (chips.length) view.push(endpointList(chips, `${key} observed`));
+  body.append(el("tr", { class: "observed first last" }, el("th", { scope: "row" }, el("span", { class: "type" }, "Observed")), el("td", { class: "from" }, "all frontends"), el("td", {}, ...view)));
+}
+
+function observedView(s, e) {
+  const wanted = s.desired && (s.desired.endpoints.includes(e.address) ? `wanted ${percent(1 / s.desired.endpoints.length)}` : "not wanted by a pod");
+  const title = [e.connections !== undefined && plural(e.connections, "connection"), e.flows !== undefined && plural(e.flows, "flow"), e.pinned !== undefined && `${plural(e.pinned, "client")} bound${e.pinnedFull ? ", the list is full" : ""}`, wanted].filter(Boolean).join(", ");
+  return el("li", {}, el("span", { class: "endpoint", title },
+    el("span", { class: "mono" }, e.address),
+    e.flows !== undefined && el("span", { class: "dim" }, plural(e.flows, "flow")),
+    e.pinned !== undefined && el("span", { class: "dim" }, `${plural(e.pinned, "client")} bound`),
+    el("span", { class: "percent" }, e.share !== undefined ? percent(e.share) : e.connections !== undefined ? "none" : "—"), bar(e.share ?? 0)));
 }
 
 // byFate puts routes together that differ in nothing but the masquerade.
@@ -786,7 +863,7 @@ await load(true);
 apply();
 listen();
 setInterval(() => {
-  if (!document.hidden) load(!live);
+  if (!document.hidden) load(!live || services.length <= pageSize); // what is counted is no event
 }, pollEvery);
 setInterval(showHeader, 1000);
 get("version").then((v) => ($("version").textContent = `natlens ${v.version}`), () => {});
