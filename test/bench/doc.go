@@ -8,5 +8,8 @@
 // machine does falls on all of them alike; the ratios are of the medians. Each
 // row has a process of its own, whose largest memory is told beside it.
 //
+// With -agent, "agent serve" is measured as a whole, and with -beside next to a real
+// kube-proxy with an API server.
+//
 // Run it as root, on an otherwise idle machine: make bench-scale.
 package main

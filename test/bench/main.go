@@ -21,7 +21,8 @@ func main() {
 		layouts = flag.String("layouts", "legacy,nft,nftables", "which of legacy, nft (iptables-nft) and nftables (kube-proxy's mode)")
 		rounds  = flag.Int("rounds", 5, "how many times each row is measured")
 		agent   = flag.String("agent", "", "measure this `PROGRAM` as \"agent serve\", too")
-		rest    = flag.Duration("rest", 30*time.Second, "how long the agent is watched at rest")
+		rest    = flag.Duration("rest", 10*time.Minute, "how long the agent is watched at rest; above 1,000 Services a tenth of that")
+		beside  = flag.String("beside", "", "measure it beside kube-proxy, too: the `FOLDER` of kube-apiserver and kube-proxy; etcd is on the PATH")
 		child   = flag.String("child", "", "for the program's own use: the `ROW` to measure")
 	)
 	flag.Parse()
@@ -31,7 +32,7 @@ func main() {
 	if *child != "" {
 		err = runChild(ctx, *child)
 	} else {
-		err = run(ctx, strings.Split(*sizes, ","), strings.Split(*layouts, ","), *rounds, *agent, *rest)
+		err = run(ctx, strings.Split(*sizes, ","), strings.Split(*layouts, ","), *rounds, *agent, *rest, *beside)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -39,7 +40,7 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, sizes, names []string, rounds int, agent string, rest time.Duration) error {
+func run(ctx context.Context, sizes, names []string, rounds int, agent string, rest time.Duration, beside string) error {
 	if os.Geteuid() != 0 {
 		return errors.New("loading rules needs root")
 	}
@@ -60,6 +61,14 @@ func run(ctx context.Context, sizes, names []string, rounds int, agent string, r
 		if agent != "" {
 			if err := measureAgent(ctx, agent, services, endpoints, rounds, rest); err != nil {
 				return fmt.Errorf("%s agent: %w", size, err)
+			}
+		}
+		for _, mode := range []string{"iptables", "nftables"} {
+			if agent == "" || beside == "" {
+				continue
+			}
+			if err := measureBeside(ctx, agent, beside, mode, services, endpoints); err != nil {
+				return fmt.Errorf("%s beside kube-proxy in mode %s: %w", size, mode, err)
 			}
 		}
 	}
