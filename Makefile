@@ -8,6 +8,8 @@ BENCH    ?= .
 FUZZTIME ?= 60s
 SIZES    ?= 1000x10,10000x10
 ROUNDS   ?= 5
+REST     ?= 10m
+BESIDE   ?=
 
 # The time that images bear, in seconds since 1970.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),0)
@@ -19,7 +21,7 @@ RACE     = $(if $(filter 0,$(shell go env CGO_ENABLED)),,-race)
 # The linters have a module of their own, so that they weigh on nobody else's.
 TOOL    := go tool -modfile=$(CURDIR)/tools/go.mod
 # Programs that have one for the same reason.
-MODULES := tools/image
+MODULES := tools/image test/cluster
 
 # Where iptables lives; an ordinary user's PATH leaves it out.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -28,7 +30,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 .PHONY: help
 help: ## Print this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: ## Build bin/agent and bin/echo, static (VERSION=v1.2.3 sets the version)
@@ -58,17 +60,32 @@ lint: ## Check format, modules, vet, linters and which package imports what
 	@files=$$(gofmt -l .); [ -z "$$files" ] || { echo "not formatted by gofmt:"; echo "$$files"; exit 1; }
 	for m in . $(MODULES); do (cd $$m && go mod tidy -diff && go vet ./... && $(TOOL) golangci-lint run) || exit 1; done
 
+.PHONY: cluster
+cluster: ## Bring up a real Kubernetes of three nodes on this machine, as root (the first time builds it)
+	go -C test/cluster build -o '$(CURDIR)/bin/cluster' .
+	bin/cluster up
+	@echo 'Use it: bin/cluster kubectl get nodes; bin/cluster exec node1 iptables -t nat -nL; make cluster-down'
+
+.PHONY: cluster-down
+cluster-down: ## Take it down
+	go -C test/cluster run . down
+
+.PHONY: e2e
+e2e: image ## Prove on such a cluster what the README promises, as root (E2EFLAGS='-run walk -keep')
+	go -C test/cluster build -o '$(CURDIR)/bin/e2e' ./e2e
+	bin/e2e -root . $(E2EFLAGS)
+
 .PHONY: bench
 bench: ## Run the benchmarks (BENCH=regexp picks some)
 	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
 
 .PHONY: bench-scale
-bench-scale: build ## Measure large rulesets beside iptables-save and nft (SIZES=1000x10,…, as root)
-	go run ./test/bench -sizes '$(SIZES)' -rounds '$(ROUNDS)' -agent bin/agent
+bench-scale: build ## Measure large rulesets beside iptables-save and nft (SIZES=1000x10,… REST=10m, as root)
+	go run ./test/bench -sizes '$(SIZES)' -rounds '$(ROUNDS)' -rest '$(REST)' -agent bin/agent -beside '$(BESIDE)'
 
 .PHONY: fuzz
 fuzz: ## Fuzz the parsers, the kernel readers' decoders and the walk (FUZZTIME=60s each)
-	set -e; for f in iptables/FuzzParse iptables/FuzzLegacyDecode iptables/FuzzNFTDecode nftables/FuzzParse nftables/FuzzLiveDecode chain/FuzzWalk; do \
+	set -e; for f in iptables/FuzzParse iptables/FuzzLegacyDecode iptables/FuzzNFTDecode nftables/FuzzParse nftables/FuzzLiveDecode nftables/FuzzForeign conntrack/FuzzDecode chain/FuzzWalk; do \
 		go test -run '^$$' -fuzz "^$${f#*/}$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 50x ./pkg/$${f%/*}; \
 	done
 
