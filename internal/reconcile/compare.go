@@ -13,14 +13,13 @@ import (
 
 // The findings that comparing gives.
 const (
-	ServiceMissing   chain.Code = "ServiceMissing"   // no rule for a Service port
-	ServiceStale     chain.Code = "ServiceStale"     // rules for a Service port that the API does not have
-	FrontendMissing  chain.Code = "FrontendMissing"  // an address of a Service without a rule
-	FrontendStale    chain.Code = "FrontendStale"    // rules for an address that the Service does not have
-	EndpointMissing  chain.Code = "EndpointMissing"  // an endpoint that gets no connections
-	EndpointStale    chain.Code = "EndpointStale"    // connections go to what is no endpoint
-	VerdictMismatch  chain.Code = "VerdictMismatch"  // refused in another way than wanted, or let in where not wanted
-	AffinityMismatch chain.Code = "AffinityMismatch" // another session affinity than wanted
+	ServiceMissing  chain.Code = "ServiceMissing"  // no rule for a Service port
+	ServiceStale    chain.Code = "ServiceStale"    // rules for a Service port that the API does not have
+	FrontendMissing chain.Code = "FrontendMissing" // an address of a Service without a rule
+	FrontendStale   chain.Code = "FrontendStale"   // rules for an address that the Service does not have
+	EndpointMissing chain.Code = "EndpointMissing" // an endpoint that gets no connections
+	EndpointStale   chain.Code = "EndpointStale"   // connections go to what is no endpoint
+	VerdictMismatch chain.Code = "VerdictMismatch" // refused in another way than wanted, or let in where not wanted
 )
 
 // Difference is one thing in which the rules and the API disagree.
@@ -640,7 +639,7 @@ func (d *differences) affinity() {
 		}
 	}
 	if have != nil && have.AffinitySeconds != d.want.AffinitySeconds {
-		d.add(AffinityMismatch, chain.Warning, "", nil, nil, "the rules have %s, the API wants %s", affinityText(have.AffinitySeconds), affinityText(d.want.AffinitySeconds))
+		d.add(chain.AffinityMismatch, chain.Warning, "", nil, nil, "the rules have %s, the API wants %s", affinityText(have.AffinitySeconds), affinityText(d.want.AffinitySeconds))
 	}
 }
 

@@ -303,7 +303,7 @@ func TestObjectsChanged(t *testing.T) {
 					t.Errorf("differences:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(tt.want, "\n"))
 				}
 				for _, d := range list {
-					if len(d.Rules) == 0 && d.Code != reconcile.ServiceMissing && d.Code != reconcile.FrontendMissing && d.Code != reconcile.AffinityMismatch && strings.HasSuffix(file, ".save") {
+					if len(d.Rules) == 0 && d.Code != reconcile.ServiceMissing && d.Code != reconcile.FrontendMissing && d.Code != chain.AffinityMismatch && strings.HasSuffix(file, ".save") {
 						t.Errorf("%s rests on no rule", text(d))
 					}
 				}

@@ -29,6 +29,7 @@ const (
 	FrontendConflict     Code = "FrontendConflict"     // two Services on one address and port
 	RulesMissing         Code = "RulesMissing"         // a part of kube-proxy's rules is gone
 	EndpointBroken       Code = "EndpointBroken"       // an endpoint's chain does not send to it
+	AffinityMismatch     Code = "AffinityMismatch"     // session affinity is not the same for all endpoints; package reconcile says also: not what the API wants
 )
 
 // Severity grades a finding.

@@ -13,7 +13,7 @@ import (
 type own struct {
 	jumps   []string
 	targets []netfilter.Kind
-	balance bool // its jumps to KUBE-SEP choose an endpoint
+	balance bool // its jumps to endpoints' chains choose an endpoint
 }
 
 // kubeChains is the catalogue, by table and by name or name prefix.
@@ -36,8 +36,8 @@ var kubeChains = map[string]map[string]own{
 	// nftables mode, v1.29 to v1.37.
 	"kube-proxy": {
 		"services":  {targets: []netfilter.Kind{netfilter.VerdictMap, netfilter.SetMark}},
-		"service-":  {jumps: []string{"endpoint-", "mark-for-masquerade"}, targets: []netfilter.Kind{netfilter.Choose, netfilter.DNAT}},
-		"local-":    {jumps: []string{"endpoint-", "mark-for-masquerade"}, targets: []netfilter.Kind{netfilter.Choose, netfilter.DNAT}},
+		"service-":  {jumps: []string{"endpoint-", "mark-for-masquerade"}, targets: []netfilter.Kind{netfilter.Choose, netfilter.DNAT}, balance: true},
+		"local-":    {jumps: []string{"endpoint-", "mark-for-masquerade"}, targets: []netfilter.Kind{netfilter.Choose, netfilter.DNAT}, balance: true},
 		"external-": {jumps: []string{"service-", "local-", "mark-for-masquerade"}, targets: []netfilter.Kind{netfilter.SetMark}},
 		"endpoint-": {jumps: []string{"mark-for-masquerade"}, targets: []netfilter.Kind{netfilter.DNAT, netfilter.NoEffect}},
 		"firewall-": {targets: []netfilter.Kind{netfilter.Drop}},
@@ -174,6 +174,7 @@ func scanChain(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 	o.foreign(owners, t, c)
 	if o.balance {
 		unreachable(owners, t, c)
+		forgetful(owners, t, c)
 	}
 	if strings.HasPrefix(c.Name, "KUBE-SEP-") {
 		hairpin(owners, t, c)
@@ -404,6 +405,107 @@ func unreachable(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 			taken = i
 		}
 	}
+}
+
+// forgetful reports the endpoints of a chain whose clients session affinity does
+// not keep as it keeps those of the others: kube-proxy writes it for all or none.
+func forgetful(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
+	known := map[netfilter.ChainID]int{} // the endpoints' chains that known clients go to, for so many seconds
+	seconds := 0                         // of the first
+	for i := range c.Len() {
+		rule := c.Rule(i)
+		to, keeps, ok := knownClients(t, c, rule)
+		if !ok {
+			continue
+		}
+		if len(known) == 0 {
+			seconds = keeps
+		}
+		known[to.ID] = keeps
+		if keeps != seconds {
+			owners.finder(c).add(AffinityMismatch, Warning, []RuleRef{{t, c, i}}, "rule %d of %s keeps clients with %s for %d s, other rules of this Service for %d s", i+1, c.Name, to.Name, keeps, seconds)
+		}
+		if !remembers(to) {
+			owners.finder(c).add(AffinityMismatch, Warning, []RuleRef{{t, c, i}}, "no rule of %s notes its clients, so session affinity does not keep them as it does those of this Service's other endpoints", to.Name)
+		}
+	}
+	if len(known) == 0 {
+		return
+	}
+	for i := range c.Len() {
+		for _, to := range sendsTo(t, c, c.Rule(i)) {
+			if _, ok := known[to.ID]; !ok {
+				owners.finder(c).add(AffinityMismatch, Warning, []RuleRef{{t, c, i}}, "no rule of %s keeps known clients with %s, as others do for this Service's other endpoints", c.Name, to.Name)
+			}
+		}
+	}
+}
+
+// knownClients tells which endpoint's chain a rule sends those clients to that
+// session affinity knows, and for how many seconds it does since they were seen;
+// ok is false for another kind of rule.
+func knownClients(t *netfilter.Table, c *netfilter.Chain, rule []netfilter.Expr) (to *netfilter.Chain, seconds int, ok bool) {
+	if len(rule) == 0 {
+		return nil, 0, false
+	}
+	if e := rule[len(rule)-1]; e.Kind == netfilter.Jump || e.Kind == netfilter.Goto {
+		to = t.ByID(netfilter.ChainID(e.A))
+	}
+	if to == nil || !isEndpointChain(to.Name) {
+		return nil, 0, false
+	}
+	for _, e := range rule[:len(rule)-1] {
+		switch {
+		case e.Kind == netfilter.Recent && e.N != netfilter.RecentSet:
+			return to, affinitySeconds(c.Text(e)), true
+		case e.Kind == netfilter.InSet && t.Set(e.A).Timeout > 0: // without the rule that notes them, the set is not even dynamic
+			return to, int(t.Set(e.A).Timeout.Seconds()), true
+		}
+	}
+	return nil, 0, false
+}
+
+// sendsTo returns the endpoints' chains that a rule sends to.
+func sendsTo(t *netfilter.Table, c *netfilter.Chain, rule []netfilter.Expr) []*netfilter.Chain {
+	var out []*netfilter.Chain
+	add := func(e netfilter.Expr) {
+		if e.Kind != netfilter.Jump && e.Kind != netfilter.Goto {
+			return
+		}
+		if to := t.ByID(netfilter.ChainID(e.A)); to != nil && isEndpointChain(to.Name) {
+			out = append(out, to)
+		}
+	}
+	if len(rule) == 0 {
+		return nil
+	}
+	e := rule[len(rule)-1]
+	add(e)
+	if e.Kind == netfilter.Choose {
+		for _, choice := range c.Choices(e) {
+			add(choice.Verdict)
+		}
+	}
+	return out
+}
+
+// isEndpointChain reports whether kube-proxy names an endpoint's chain so.
+func isEndpointChain(name string) bool {
+	return strings.HasPrefix(name, "KUBE-SEP-") || strings.HasPrefix(name, "endpoint-")
+}
+
+// remembers reports whether an endpoint's chain notes its clients for session
+// affinity: in iptables mode the rule with the DNAT does, in nftables mode one of
+// its own.
+func remembers(c *netfilter.Chain) bool {
+	for i := range c.Len() {
+		for _, e := range c.Rule(i) {
+			if e.Kind == netfilter.Recent && e.N&netfilter.RecentSet != 0 || e.Kind == netfilter.NoEffect {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // never reports whether a rule's chance is none.

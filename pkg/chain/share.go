@@ -49,9 +49,6 @@ type splitKey struct {
 const mostSplits = 1 << 16
 
 // split parts a share into num/den of it and the rest.
-func (s Share) split(num, den uint32) (taken, rest Share) { return splits(nil).split(s, num, den) }
-
-// split is Share.split with remembered factors.
 func (m splits) split(s Share, num, den uint32) (taken, rest Share) {
 	taken.parts = s.parts.mulDiv(num, den)
 	rest.parts = s.parts.sub(taken.parts)

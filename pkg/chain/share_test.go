@@ -17,6 +17,9 @@ func fromBig(n *big.Int) uint128 {
 	return uint128{hi: new(big.Int).Rsh(n, 64).Uint64(), lo: new(big.Int).And(n, mask).Uint64()}
 }
 
+// split is splits.split, with nothing remembered.
+func (s Share) split(num, den uint32) (taken, rest Share) { return splits(nil).split(s, num, den) }
+
 // exactly is what Exact prints, as a number.
 func exactly(t *testing.T, s Share) *big.Rat {
 	t.Helper()
@@ -46,12 +49,12 @@ func TestShareOfAllAndNothing(t *testing.T) {
 		t.Errorf("nothing and all is %v", s.Exact())
 	}
 	for _, p := range []chance{{0, 1}, {0, 1 << 31}, {0, 7}} {
-		if taken, rest := all.split(p.num, p.den); !taken.IsZero() || !rest.IsWhole() || rest.Exact() != "1/1" {
+		if taken, rest := splits(nil).split(all, p.num, p.den); !taken.IsZero() || !rest.IsWhole() || rest.Exact() != "1/1" {
 			t.Errorf("%v of all: %v and %v", p, taken.Exact(), rest.Exact())
 		}
 	}
 	for _, p := range []chance{{1, 1}, {1 << 31, 1 << 31}, {7, 7}} {
-		if taken, rest := all.split(p.num, p.den); !rest.IsZero() || !taken.IsWhole() || taken.Exact() != "1/1" {
+		if taken, rest := splits(nil).split(all, p.num, p.den); !rest.IsZero() || !taken.IsWhole() || taken.Exact() != "1/1" {
 			t.Errorf("%v of all: %v and %v", p, taken.Exact(), rest.Exact())
 		}
 	}
@@ -97,7 +100,7 @@ func TestSplitEvenly(t *testing.T) {
 			taken := rest
 			if i < n-1 {
 				stored := uint32(math.Round(math.Round(1e10/float64(n-i)) / 1e10 * (1 << 31)))
-				taken, rest = rest.split(stored, 1<<31)
+				taken, rest = splits(nil).split(rest, stored, 1<<31)
 			}
 			if d := taken.Float64() - 1/float64(n); math.Abs(d) >= tolerance {
 				t.Errorf("endpoint %d of %d gets %v", i, n, taken.Float64())
@@ -116,7 +119,7 @@ func TestSplitEvenly(t *testing.T) {
 // Exact is the product and sum of the rules' own fractions, in lowest terms.
 func TestExactIsExact(t *testing.T) {
 	a, rest := whole().split(715827883, 1<<31)
-	b, c := rest.split(1, 2)
+	b, c := splits(nil).split(rest, 1, 2)
 	for _, x := range []struct {
 		share Share
 		want  string
@@ -261,7 +264,7 @@ func TestUint128(t *testing.T) {
 func TestShareIsImmutable(t *testing.T) {
 	s, _ := whole().split(1, 3)
 	before := s.Exact()
-	s.split(1, 7)
+	splits(nil).split(s, 1, 7)
 	s.plus(s)
 	if s.Exact() != before {
 		t.Errorf("the share became %s", s.Exact())

@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
-	"strings"
 
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -122,7 +121,8 @@ type memory struct {
 type changes struct {
 	chains []map[netfilter.ChainID]chainChange // of each table
 	sets   []map[uint32]setChange
-	// endpoints says that a chain of an endpoint has lost its DNAT, or got it back.
+	// endpoints says that a chain of an endpoint has lost its DNAT, or what notes
+	// its clients, or got it back.
 	endpoints bool
 }
 
@@ -150,7 +150,7 @@ func (v *View) changes(last *View) *changes {
 		for _, id := range differ[i] {
 			now, was := t.ByID(id), byID(old, id)
 			// A chain that rules lead to cannot go, nor be new.
-			if was != nil && now != nil && strings.HasPrefix(was.Name, "KUBE-SEP-") && deliversAll(was) != deliversAll(now) {
+			if was != nil && now != nil && isEndpointChain(was.Name) && (deliversAll(was) != deliversAll(now) || remembers(was) != remembers(now)) {
 				c.endpoints = true
 			}
 			chains[id] = changedKeys(v.index(t, id), last.index(old, id), now, was)
@@ -338,7 +338,7 @@ func (c *changes) concernChain(table int, of *netfilter.Chain) bool {
 	if _, ok := c.chains[table][of.ID]; ok {
 		return true
 	}
-	return c.endpoints && !strings.HasPrefix(of.Name, "KUBE-SEP-")
+	return c.endpoints && !isEndpointChain(of.Name)
 }
 
 // concerns reports whether the chain differs for any destination that an entry
