@@ -54,8 +54,11 @@ func Doctor(w io.Writer, r *doctor.Report) error {
 		}
 	}
 	verdict := "\nThe readers agree."
-	if !r.Agree {
+	switch {
+	case !r.Agree:
 		verdict = "\nThe readers do NOT agree, or could not be compared."
+	case len(r.Tables) == 0:
+		verdict = "\nThe readers agree that there are no tables: nothing like kube-proxy writes here, or this is not the network namespace of the node."
 	}
 	_, err := fmt.Fprintln(w, verdict)
 	return err

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/natlens/natlens/internal/api"
+	"github.com/natlens/natlens/internal/doctor"
 	"github.com/natlens/natlens/internal/render"
 	"github.com/natlens/natlens/internal/snapshot"
 	"github.com/natlens/natlens/pkg/chain"
@@ -320,5 +321,16 @@ func TestWriteError(t *testing.T) {
 		if err == nil {
 			t.Errorf("%s: the error of the writer got lost", name)
 		}
+	}
+}
+
+// Readers that both find nothing agree, which must not look as if all were well.
+func TestDoctorFindsNothing(t *testing.T) {
+	var b strings.Builder
+	if err := render.Doctor(&b, &doctor.Report{Agree: true}); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(b.String(), "there are no tables") {
+		t.Errorf("it says %q", b.String())
 	}
 }
