@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/natlens/natlens/internal/kubeproxy"
@@ -223,6 +224,7 @@ func memoryOf(pid int) int {
 }
 
 func (a *agent) stop() {
+	_ = a.cmd.Process.Signal(syscall.SIGCONT) // a stopped process hears of no end
 	_ = a.cmd.Process.Signal(os.Interrupt)
 	_ = a.cmd.Wait()
 	a.web.CloseIdleConnections()

@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -125,9 +126,99 @@ func measureBeside(ctx context.Context, program, programs, mode string, services
 	fmt.Printf("| kube-proxy, memory | %s | 1 |  |\n", kib(memory))
 	fmt.Printf("| agent serve, memory | %s | %.2f | 1.0 |\n", kib(whole.memory()), float64(whole.memory())/float64(memory))
 	fmt.Printf("| agent serve without the API, memory | %s | %.2f |  |\n", kib(alone.memory()), float64(alone.memory())/float64(memory))
-	fmt.Printf("| agent serve, processor for one change of the API and of the rules | %s |  |  |\n\n", short(median(costs)))
+	fmt.Printf("| agent serve, processor for one change of the API and of the rules | %s |  |  |\n", short(median(costs)))
+	alone.stop()
+	without, with, err := c.syncTimes(ctx, whole, endpoints)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("| a sync of kube-proxy while the agent is stopped, median of %d changes | %s | 1 |  |\n", len(without), short(median(without)))
+	fmt.Printf("| the same beside the agent | %s | %.3f | 1.05 |\n\n", short(median(with)), float64(median(with))/float64(median(without)))
 	return nil
 }
+
+// syncTimes measures how long kube-proxy takes to write a change, in turns: while
+// the agent is stopped, and while it reads what was written.
+func (c *control) syncTimes(ctx context.Context, a *agent, endpoints int) (without, with []time.Duration, err error) {
+	const (
+		rounds = 3
+		writes = 6 // in a round
+		pause  = 3 * time.Second
+	)
+	n := besideChanges
+	for i := range 2 * rounds {
+		to, sig := &without, syscall.SIGSTOP
+		if i%2 == 1 {
+			to, sig = &with, syscall.SIGCONT
+		}
+		if err := a.cmd.Process.Signal(sig); err != nil {
+			return nil, nil, err
+		}
+		for range writes {
+			took, err := c.sync(ctx, n, endpoints)
+			if err != nil {
+				return nil, nil, err
+			}
+			*to = append(*to, took)
+			n++
+			if err := sleep(ctx, pause); err != nil {
+				return nil, nil, err
+			}
+		}
+	}
+	return without, with, nil
+}
+
+// sync changes a Service, and returns how long kube-proxy says that it took to
+// write that.
+func (c *control) sync(ctx context.Context, i, endpoints int) (time.Duration, error) {
+	before, syncs, err := c.synced(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if err := c.change(ctx, i, endpoints); err != nil {
+		return 0, err
+	}
+	for start := time.Now(); time.Since(start) < patience; {
+		after, now, err := c.synced(ctx)
+		if err != nil {
+			return 0, err
+		}
+		if now > syncs {
+			return time.Duration((after - before) / (now - syncs) * float64(time.Second)), nil
+		}
+		if err := sleep(ctx, 100*time.Millisecond); err != nil {
+			return 0, err
+		}
+	}
+	return 0, fmt.Errorf("kube-proxy has not written a change after %v", patience)
+}
+
+// synced returns the seconds that kube-proxy's syncs took so far, and their number.
+func (c *control) synced(ctx context.Context) (seconds, syncs float64, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:10249/metrics", nil)
+	if err != nil {
+		return 0, 0, err
+	}
+	res, err := c.web.Do(req)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	for _, m := range syncMetric.FindAllSubmatch(text, -1) {
+		value, _ := strconv.ParseFloat(string(m[2]), 64)
+		if string(m[1]) == "sum" {
+			seconds += value
+		} else {
+			syncs += value
+		}
+	}
+	return seconds, syncs, err
+}
+
+// syncMetric finds both in kube-proxy's metrics, for either IP family.
+var syncMetric = regexp.MustCompile(`(?m)^kubeproxy_sync_proxy_rules_duration_seconds_(sum|count)(?:{[^}]*})? ([0-9.e+-]+)$`)
 
 func sleep(ctx context.Context, d time.Duration) error {
 	select {
