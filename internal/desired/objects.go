@@ -88,7 +88,10 @@ type Status struct {
 	Synced bool // every kind of object has been listed once
 	// Confirmed is when they were last known to be.
 	Confirmed time.Time
-	Error     string // what keeps them from being so now; "" for nothing
+	// Settled is until when kube-proxy may need to hear of the API again after it
+	// was gone.
+	Settled time.Time
+	Error   string // what keeps them from being so now; "" for nothing
 }
 
 // Objects are the objects of the API, as far as they decide about the rules of

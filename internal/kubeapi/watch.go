@@ -44,8 +44,11 @@ type kind struct {
 	tell      func()
 	mu        sync.Mutex
 	synced    bool
-	watching  bool // a watch is open
+	watching  bool      // a watch is open
+	turned    time.Time // when watching last changed
 	confirmed time.Time
+	lost      time.Time // since when nothing succeeds; zero while it does
+	settled   time.Time // see desired.Status
 	err       error
 	complain  func(error)
 }
@@ -155,17 +158,36 @@ func (w *Watch) Status() desired.Status {
 		if i == 0 || k.confirmed.Before(s.Confirmed) {
 			s.Confirmed = k.confirmed
 		}
-		if k.err != nil && s.Error == "" {
-			s.Error = k.err.Error()
+		if k.settled.After(s.Settled) {
+			s.Settled = k.settled
+		}
+		if s.Error == "" {
+			s.Error = k.trouble()
 		}
 		k.mu.Unlock()
 	}
 	return s
 }
 
+// trouble says why the objects may not be those of now, with the lock held.
+func (k *kind) trouble() string {
+	// Between two watches there is a moment without one. It lasts when the server
+	// has forgotten what there was to be told: it has to be asked for everything.
+	const moment = 5 * time.Second
+	switch {
+	case k.err != nil:
+		return k.err.Error()
+	case k.synced && !k.watching && time.Since(k.turned) > moment:
+		return fmt.Sprintf("the watch of %s has ended; the next is about to begin", k.name)
+	}
+	return ""
+}
+
 // Confirm asks the API for a sign of life. The question, one Node from the
 // server's memory, goes over the connection that the watches share, so that what
-// changed before it has been told, or is about to be.
+// changed before it has been told, or is about to be. That is not so of a watch
+// that has just begun: the server may yet tell what it missed, or that it has to
+// begin anew.
 func (w *Watch) Confirm(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
 	defer cancel()
@@ -176,15 +198,19 @@ func (w *Watch) Confirm(ctx context.Context) {
 	}
 	for _, k := range w.kinds {
 		k.mu.Lock()
-		if k.watching && k.confirmed.Before(asked) {
+		if k.watching && asked.Sub(k.turned) >= caughtUp && k.confirmed.Before(asked) {
 			k.confirmed = asked
 		}
 		k.mu.Unlock()
 	}
 }
 
-// confirmTimeout bounds the wait for a sign of life.
-const confirmTimeout = 5 * time.Second
+const (
+	// confirmTimeout bounds the wait for a sign of life.
+	confirmTimeout = 5 * time.Second
+	// caughtUp is how long a watch takes to tell what has changed before it began.
+	caughtUp = 2 * time.Second
+)
 
 // listWatch notes what comes of listing and watching.
 func (k *kind) listWatch(lw *cache.ListWatch) *cache.ListWatch {
@@ -199,23 +225,19 @@ func (k *kind) listWatch(lw *cache.ListWatch) *cache.ListWatch {
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
-			started := time.Now()
 			w, err := lw.WatchFuncWithContext(ctx, opts)
 			k.mu.Lock()
 			defer k.mu.Unlock()
 			if err != nil {
-				if ctx.Err() == nil {
+				// Servers before v1.32 do not know lists that are streamed: the
+				// reflector asks in the old way then.
+				if ctx.Err() == nil && !apierrors.IsInvalid(err) {
 					k.fail(fmt.Errorf("watching %s: %w", k.name, err))
 				}
 				return nil, err
 			}
-			if k.watching = true; k.err != nil {
-				k.err = nil
-				k.tell()
-			}
-			if k.synced {
-				k.confirmed = started
-			}
+			k.watching, k.turned = true, time.Now()
+			k.back()
 			return &watched{Interface: w, kind: k}, nil
 		},
 	}
@@ -223,11 +245,41 @@ func (k *kind) listWatch(lw *cache.ListWatch) *cache.ListWatch {
 
 // fail notes an error, with the lock held.
 func (k *kind) fail(err error) {
-	k.watching = false
-	k.err = err
+	k.turn(false)
+	if k.err = err; k.lost.IsZero() {
+		k.lost = time.Now()
+	}
 	k.complain(err)
 	k.tell()
 }
+
+// turn notes whether a watch is open, with the lock held.
+func (k *kind) turn(watching bool) {
+	if k.watching != watching {
+		k.watching, k.turned = watching, time.Now()
+	}
+}
+
+// back notes that the API is there, with the lock held.
+func (k *kind) back() {
+	if k.err != nil {
+		k.err = nil
+		k.tell()
+	}
+	if !k.lost.IsZero() {
+		now := time.Now()
+		k.settled = now.Add(min(outageShare*now.Sub(k.lost), longestPause))
+		k.lost = time.Time{}
+	}
+}
+
+// kube-proxy has lost the API too, and asks again after pauses that grow with the
+// outage, up to a minute (client-go's reflectors). It may have to do so twice: for
+// the watch, and then for all objects.
+const (
+	outageShare  = 4
+	longestPause = 2 * time.Minute
+)
 
 // watched is a watch whose end is noted.
 type watched struct {
@@ -239,7 +291,7 @@ type watched struct {
 // whoever ended it.
 func (w *watched) Stop() {
 	w.kind.mu.Lock()
-	w.kind.watching = false
+	w.kind.turn(false)
 	w.kind.mu.Unlock()
 	w.Interface.Stop()
 }
@@ -299,7 +351,10 @@ func (s store) Replace(list []any, _ string) error {
 		}
 	}
 	s.kind.mu.Lock()
-	s.kind.synced, s.kind.err = true, nil
+	if s.kind.synced = true; !s.kind.watching {
+		s.kind.turned = time.Now() // a watch is about to begin
+	}
+	s.kind.back()
 	s.kind.mu.Unlock()
 	return s.alive(true)
 }

@@ -31,6 +31,7 @@ type server struct {
 	watches map[chan event]string     // to their resource
 	told    []told                    // all that has changed, for watches that begin later
 	refuse  int                       // a status for all requests, 0 for none
+	oldest  int                       // the version of the first change that watches can be told of
 	asked   []string                  // the selectors of lists
 }
 
@@ -74,6 +75,11 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case q.Get("watch") != "":
 		ch := make(chan event, 64)
 		since, _ := strconv.Atoi(q.Get("resourceVersion"))
+		if since < s.oldest {
+			s.mu.Unlock()
+			json.NewEncoder(w).Encode(event{"ERROR", metav1.Status{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}, Status: "Failure", Reason: metav1.StatusReasonExpired, Code: http.StatusGone}})
+			return
+		}
 		for _, e := range s.told {
 			if e.resource == resource && e.version > since {
 				ch <- e.event
@@ -143,6 +149,10 @@ func (s *server) service(name, ip string) {
 	})
 }
 
+func (s *server) node(name string) {
+	s.set("nodes", name, &corev1.Node{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Node"}, ObjectMeta: metav1.ObjectMeta{Name: name, ResourceVersion: fmt.Sprint(s.version + 1)}})
+}
+
 func (s *server) slice(name, service string, addresses ...string) {
 	port, empty := int32(8080), ""
 	sl := &discoveryv1.EndpointSlice{
@@ -160,7 +170,7 @@ func (s *server) slice(name, service string, addresses ...string) {
 func start(t *testing.T) (*server, *kubeapi.Watch) {
 	t.Helper()
 	s := &server{objects: map[string]map[string]any{}, watches: map[chan event]string{}}
-	s.set("nodes", "n1", &corev1.Node{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Node"}, ObjectMeta: metav1.ObjectMeta{Name: "n1"}})
+	s.node("n1")
 	s.service("a", "10.96.0.1")
 	s.slice("a-1", "a", "10.0.0.1")
 	web := httptest.NewServer(s)
@@ -183,18 +193,22 @@ func start(t *testing.T) (*server, *kubeapi.Watch) {
 	return s, w
 }
 
-// want waits until the objects of the watch are these, told by the ClusterIPs and
-// endpoints of what is desired.
+// tell tells what is desired, by the ClusterIPs and endpoints.
+func tell(w *kubeapi.Watch) string {
+	var parts []string
+	for _, p := range w.Objects().View(37).Ports {
+		parts = append(parts, fmt.Sprint(p.Name, " ", p.Frontends[0].Address, " ", p.Frontends[0].Fates[0].Endpoints))
+	}
+	return strings.Join(parts, ", ")
+}
+
+// want waits until the objects of the watch are these, as tell tells them.
 func want(t *testing.T, w *kubeapi.Watch, what string) {
 	t.Helper()
 	var got string
 	patience := time.After(30 * time.Second)
 	for {
-		var parts []string
-		for _, p := range w.Objects().View(37).Ports {
-			parts = append(parts, fmt.Sprint(p.Name, " ", p.Frontends[0].Address, " ", p.Frontends[0].Fates[0].Endpoints))
-		}
-		if got = strings.Join(parts, ", "); got == what && w.Status().Synced {
+		if got = tell(w); got == what && w.Status().Synced {
 			return
 		}
 		select {
@@ -257,6 +271,43 @@ func TestOutage(t *testing.T) {
 	s.service("c", "10.96.0.3")
 	want(t, w, "c 10.96.0.3 []")
 	status(t, w, func(st desired.Status) bool { return st.Error == "" && st.Confirmed.After(gone.Confirmed) })
+	if !healthy.Settled.IsZero() || !w.Status().Settled.After(time.Now()) {
+		t.Errorf("kube-proxy has until %v, and before the outage until %v", w.Status().Settled, healthy.Settled)
+	}
+}
+
+// A server that was restarted lets watches begin, and then says that they have to
+// begin anew. Until everything was listed, nothing is a sign that the objects are
+// those of now.
+func TestExpired(t *testing.T) {
+	s, w := start(t)
+	const before, after = "a 10.96.0.1 [10.0.0.1:8080 10.0.0.3:8080]", "a 10.96.0.1 [10.0.0.2:8080]"
+	want(t, w, "a 10.96.0.1 [10.0.0.1:8080]")
+	// A watch that has told something is begun anew from there.
+	sent := time.Now()
+	s.service("a", "10.96.0.1")
+	s.node("n1")
+	s.slice("a-1", "a", "10.0.0.1", "10.0.0.3")
+	want(t, w, before)
+	status(t, w, func(st desired.Status) bool { return st.Confirmed.After(sent) })
+	s.mu.Lock()
+	s.oldest = s.version + 1
+	s.told = nil
+	s.mu.Unlock()
+	changed := time.Now()
+	s.hangUp(0)
+	s.slice("a-1", "a", "10.0.0.2")
+	s.mu.Lock()
+	s.told = nil
+	s.mu.Unlock()
+	status(t, w, func(st desired.Status) bool {
+		w.Confirm(t.Context())
+		st, text := w.Status(), tell(w)
+		if st.Confirmed.After(changed) && text == before {
+			t.Fatalf("the objects were confirmed %v after a change, which they lack", st.Confirmed.Sub(changed))
+		}
+		return text == after && st.Confirmed.After(changed)
+	})
 }
 
 // A question is a sign of life also when nothing changes.

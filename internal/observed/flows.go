@@ -3,6 +3,7 @@ package observed
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -102,6 +103,7 @@ type Watch struct {
 	local      map[netip.Addr]bool
 	standing   map[flowKey]*standing
 	last       time.Time // of the last pass
+	pending    bool
 }
 
 // front is an address and port that a Service answers on; a NodePort has the
@@ -125,11 +127,22 @@ type flowKey struct {
 
 // standing is a UDP flow to what is no endpoint.
 type standing struct {
-	since, seen time.Time
-	timeout     uint32    // at the last look
-	used        time.Time // when a packet was last known to have come after the grace period
-	pass        time.Time
+	since time.Time
+	// seen is a look, and timeout what was left then: with the first look after the
+	// grace period it begins, and with each at which a packet had come.
+	seen    time.Time
+	timeout uint32
+	used    time.Time // when a packet was last known to have come after the grace period
+	pass    time.Time
 }
+
+// judged is how long after the grace period it takes to know whether a flow is in
+// use: longer than the pauses of a client that is.
+const judged = 10 * time.Second
+
+// Pending reports whether there are flows of which the next look may tell that they
+// are in use.
+func (w *Watch) Pending() bool { return w.pending }
 
 // mostStanding bounds the flows that are followed one by one.
 const mostStanding = 10_000
@@ -318,10 +331,15 @@ func (p *Pass) judge(f *conntrack.Flow, port chain.ServicePort) {
 	// Without a packet the timeout falls with the clock. Both are of whole seconds.
 	const slack = 2
 	left := float64(s.timeout) - now.Sub(s.seen).Seconds()
-	if float64(f.Timeout) > left+slack && s.seen.Sub(s.since) >= w.Grace {
+	late := s.seen.Sub(s.since) >= w.Grace
+	s.pass = now
+	switch packet := float64(f.Timeout) > left+slack; {
+	case packet && late:
 		s.used = now
+		fallthrough
+	case packet, !late && now.Sub(s.since) >= w.Grace:
+		s.seen, s.timeout = now, f.Timeout
 	}
-	s.seen, s.timeout, s.pass = now, f.Timeout, now
 	if s.used.IsZero() || now.Sub(s.used) > p.silent {
 		return
 	}
@@ -352,6 +370,9 @@ func (p *Pass) End(took time.Duration) *Flows {
 		}
 	}
 	w.last = p.at.Time
+	w.pending = slices.ContainsFunc(slices.Collect(maps.Values(w.standing)), func(s *standing) bool {
+		return s.used.IsZero() && p.at.Time.Sub(s.since) < w.Grace+judged
+	})
 	p.flows.Took = took
 	for e, f := range p.found {
 		p.flows.Findings = append(p.flows.Findings, p.finding(e, f))

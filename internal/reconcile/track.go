@@ -48,6 +48,9 @@ type Moment struct {
 	// Nothing new counts on the word of an API that cannot be reached: kube-proxy
 	// may know more.
 	Confirmed time.Time
+	// Settled is until when kube-proxy may not know what the API wants, because the
+	// API was gone. The grace period of what is not a finding yet begins then.
+	Settled time.Time
 }
 
 // Outcome is what an Update tells.
@@ -89,6 +92,9 @@ func (t *Tracker) Update(view *desired.View, list []Difference, at Moment) Outco
 		}
 		now[k] = s
 		due := s.since.Add(t.Grace)
+		if at.Settled.After(s.since) {
+			due = at.Settled.Add(t.Grace)
+		}
 		s.counted = s.counted || !at.Rules.Before(due) && !at.Confirmed.Before(due)
 		if s.counted {
 			out.Findings = append(out.Findings, Finding{*d, s.since})

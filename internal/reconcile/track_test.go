@@ -83,6 +83,35 @@ func TestGrace(t *testing.T) {
 	}
 }
 
+// After the API was gone, kube-proxy hears of what changed later than this agent
+// may: what is not a finding yet has its grace period from then on.
+func TestSettled(t *testing.T) {
+	tl := newTimeline()
+	update := func(seconds, settled float64, about ...string) reconcile.Outcome {
+		var list []reconcile.Difference
+		for _, a := range about {
+			list = append(list, reconcile.Difference{Code: reconcile.EndpointMissing, Service: chain.ServicePort{Namespace: "d", Name: "s"}, About: a})
+		}
+		return tl.tracker.Update(tl.objects.View(37), list, reconcile.Moment{Rules: tl.at(seconds), Confirmed: tl.at(seconds), Settled: tl.at(settled)})
+	}
+	for _, step := range []struct {
+		seconds, settled float64
+		there, want      []string
+		due              float64
+	}{
+		{0, -100, []string{"a"}, nil, 30},
+		{31, -100, []string{"a", "b"}, []string{"a"}, 61},
+		{50, 110, []string{"a", "b"}, []string{"a"}, 140}, // it was gone, and is back: a stays
+		{139, 110, []string{"a", "b", "c"}, []string{"a"}, 140},
+		{141, 110, []string{"a", "b", "c"}, []string{"a", "b"}, 169},
+	} {
+		o := update(step.seconds, step.settled, step.there...)
+		if !slices.Equal(found(o), step.want) || !o.Due.Equal(tl.at(step.due)) {
+			t.Errorf("second %v: found %q, due %v; want %q, %v s", step.seconds, found(o), o.Due.Sub(tl.start), step.want, step.due)
+		}
+	}
+}
+
 func TestSince(t *testing.T) {
 	tl := newTimeline()
 	tl.update(0, 0)

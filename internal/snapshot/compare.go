@@ -52,7 +52,7 @@ func (s *Snapshot) compare(t *reconcile.Tracker, o *desired.Objects, status desi
 		c.Error = why
 		return c, nil
 	}
-	out := t.Update(sides.Desired, reconcile.Compare(sides), reconcile.Moment{Rules: s.Time, Confirmed: status.Confirmed})
+	out := t.Update(sides.Desired, reconcile.Compare(sides), reconcile.Moment{Rules: s.Time, Confirmed: status.Confirmed, Settled: status.Settled})
 	c.Known, c.Desired, c.Findings, c.Pending, c.due = true, sides.Desired, out.Findings, out.Pending, out.Due
 	return c, out.Latencies
 }

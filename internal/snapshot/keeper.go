@@ -45,8 +45,8 @@ type Keeper struct {
 	// Followed is told how long the rules took to follow a change of the API.
 	Followed func(time.Duration)
 	// Flows tells which connections are tracked, and Pins whom session affinity
-	// binds; nil for nobody. FlowPause is the least time from the end of one look at
-	// them to the start of the next.
+	// binds; nil for nobody. FlowPause is the time from the end of one look at them
+	// to the start of the next, at least; after endpoints have gone, a part of it is.
 	Flows     FlowReader
 	Pins      observed.PinReader
 	FlowPause time.Duration

@@ -89,14 +89,37 @@ func (k *Keeper) watchTraffic(ctx context.Context) {
 	watch, pinner := observed.Watch{Grace: k.Grace}, observed.Pinner{Reader: k.Pins}
 	for ctx.Err() == nil {
 		start := time.Now()
-		if s := k.Snapshot(); s != nil {
+		s := k.Snapshot()
+		if s != nil {
 			k.lookAtFlows(ctx, &watch, s)
 			k.lookAtPins(ctx, &pinner, s)
 		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(max(k.FlowPause, flowShare*time.Since(start))):
+		least := flowShare * time.Since(start)
+		whole, soon := max(k.FlowPause, least), max(k.FlowPause/soonShare, least)
+		for rested := time.Duration(0); rested < whole && ctx.Err() == nil; rested += soon {
+			rest(ctx, min(soon, whole-rested))
+			if watch.Pending() || k.resolvedAnew(s) {
+				break
+			}
 		}
+	}
+}
+
+// soonShare is the part of the pause that is enough when endpoints may have gone,
+// and then until it is known whether flows to them are in use.
+const soonShare = 5
+
+// resolvedAnew reports whether other Services are published than those of a
+// snapshot.
+func (k *Keeper) resolvedAnew(s *Snapshot) bool {
+	now := k.Snapshot()
+	return now != nil && (s == nil || now.Programmed != s.Programmed)
+}
+
+func rest(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
 	}
 }
 

@@ -106,6 +106,36 @@ func TestFlowPause(t *testing.T) {
 	}
 }
 
+// A flow in use to what is gone is told of within the grace period and another pause
+// after the rules were read, though conntrack is mostly looked at less often.
+func TestStaleFlowInTime(t *testing.T) {
+	udp := strings.NewReplacer("-p tcp", "-p udp", "-m tcp", "-m udp").Replace(dump)
+	left := strings.Replace(udp, "--to-destination 10.0.0.2:80", "--to-destination 10.0.0.3:80", 1)
+	flow := conntrack.Flow{
+		ID: 1, Protocol: netfilter.UDP, Source: netip.MustParseAddrPort("10.0.0.9:999"), Destination: netip.MustParseAddrPort("10.96.0.1:80"),
+		To: netip.MustParseAddrPort("10.0.0.2:80"), Status: conntrack.Redirected, Timeout: 100,
+	}
+	for _, at := range []time.Duration{0, 3 * time.Second, 7 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			c := &tracked{flows: []conntrack.Flow{flow}}
+			watching(t, udp, c, func(k *Keeper, r *script) {
+				time.Sleep(time.Minute + at)
+				r.set(left, nil)
+				for changes := k.Changes(); k.Changes() == changes; {
+					time.Sleep(100 * time.Millisecond)
+				}
+				changed := time.Now()
+				for len(staleFlows(k.Snapshot().Findings())) == 0 && time.Since(changed) < time.Hour {
+					time.Sleep(100 * time.Millisecond)
+				}
+				if took := time.Since(changed); took < k.Grace || took > k.Grace+k.FlowPause {
+					t.Errorf("found %v after the rules had changed, want at least %v and at most %v more", took, k.Grace, k.FlowPause)
+				}
+			})
+		})
+	}
+}
+
 // What conntrack tells comes with the next snapshot, and wakes who waits when it
 // is a finding.
 func TestObservedFlows(t *testing.T) {
