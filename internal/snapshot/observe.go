@@ -80,8 +80,22 @@ func sameFindings(a, b *observed.Flows) bool {
 }
 
 // flowShare bounds the part of the time that is spent reading conntrack, as
-// busyShare does for the rules: the kernel walks the whole table.
-const flowShare = 100
+// busyShare does for the rules: the kernel walks the whole table. While nothing is
+// waited for, quietShare does, as long as that is no longer than mostFlowRest.
+const (
+	flowShare    = 100
+	quietShare   = 1000
+	mostFlowRest = time.Minute
+)
+
+// flowRests returns the pause after a look at conntrack that took so long, and how
+// much of it is enough when endpoints may have gone, and then until it is known
+// whether flows to them are in use.
+func (k *Keeper) flowRests(took time.Duration) (whole, soon time.Duration) {
+	const soonShare = 5
+	least := flowShare * took
+	return max(k.FlowPause, least, min(quietShare*took, mostFlowRest)), max(k.FlowPause/soonShare, least)
+}
 
 // watchTraffic looks at conntrack, and at whom session affinity binds, again and
 // again until the context ends.
@@ -94,8 +108,7 @@ func (k *Keeper) watchTraffic(ctx context.Context) {
 			k.lookAtFlows(ctx, &watch, s)
 			k.lookAtPins(ctx, &pinner, s)
 		}
-		least := flowShare * time.Since(start)
-		whole, soon := max(k.FlowPause, least), max(k.FlowPause/soonShare, least)
+		whole, soon := k.flowRests(time.Since(start))
 		for rested := time.Duration(0); rested < whole && ctx.Err() == nil; rested += soon {
 			rest(ctx, min(soon, whole-rested))
 			if watch.Pending() || k.resolvedAnew(s) {
@@ -104,10 +117,6 @@ func (k *Keeper) watchTraffic(ctx context.Context) {
 		}
 	}
 }
-
-// soonShare is the part of the pause that is enough when endpoints may have gone,
-// and then until it is known whether flows to them are in use.
-const soonShare = 5
 
 // resolvedAnew reports whether other Services are published than those of a
 // snapshot.

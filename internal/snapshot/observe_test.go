@@ -90,7 +90,7 @@ func TestObservedConnections(t *testing.T) {
 
 // Conntrack is looked at no more often than it may be, however long a look takes.
 func TestFlowPause(t *testing.T) {
-	for takes, want := range map[time.Duration]time.Duration{0: 10 * time.Second, 50 * time.Millisecond: 10 * time.Second, time.Second: 101 * time.Second} {
+	for takes, want := range map[time.Duration]time.Duration{0: 10 * time.Second, 5 * time.Millisecond: 10 * time.Second, 30 * time.Millisecond: 30 * time.Second, 100 * time.Millisecond: time.Minute, time.Second: 101 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {
 			c := &tracked{takes: takes}
 			watching(t, dump, c, func(*Keeper, *script) { time.Sleep(time.Hour) })

@@ -102,7 +102,7 @@ func measureAgent(ctx context.Context, program string, services, endpoints, roun
 	if !limited {
 		rest /= 10
 	}
-	time.Sleep(15 * time.Second) // it looks up often after a change, and after its start
+	time.Sleep(settled)
 	before, began := a.cpu(), time.Now()
 	for time.Since(began) < rest {
 		connect(ctx, box, services) // light traffic
@@ -138,6 +138,10 @@ func measureAgent(ctx context.Context, program string, services, endpoints, roun
 	fmt.Println()
 	return nil
 }
+
+// settled is when an agent is at rest: it looks up often after its start and after
+// a change, and reads everything once more.
+const settled = 75 * time.Second
 
 // patience is longer than a first reading of fifty thousand Services takes.
 const patience = 5 * time.Minute

@@ -91,8 +91,6 @@ func measureBeside(ctx context.Context, program, programs, mode string, services
 			return err
 		}
 	}
-	// Everything has been read again then, and nothing is on its way.
-	const settled = 75 * time.Second
 	if err := sleep(ctx, settled); err != nil {
 		return err
 	}
