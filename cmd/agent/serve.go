@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -240,6 +241,10 @@ func serveOn(ctx context.Context, plain net.Listener, secure *secureListener, ke
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		keeper.Run(ctx)
+		return nil
+	})
+	g.Go(func() error {
+		giveBack(ctx, keeper.Changes, debug.FreeOSMemory)
 		return nil
 	})
 	if watch != nil {

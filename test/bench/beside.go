@@ -46,12 +46,16 @@ const (
 	nodeName = "bench"
 )
 
+// besidePatience is longer than iptables-nft-restore takes for the first rules of
+// kube-proxy, which it adds to others: with the square of the chains.
+const besidePatience = time.Hour
+
 // besideChanges is how many changes of a Service are measured.
 const besideChanges = 3
 
 // measureBeside measures memory, and what a change of one Service costs the agent.
 // programs is the folder of kube-apiserver and kube-proxy.
-func measureBeside(ctx context.Context, program, programs, mode string, services, endpoints int) error {
+func measureBeside(ctx context.Context, program, programs, layout string, services, endpoints int) error {
 	box, err := newBox()
 	if err != nil {
 		return err
@@ -67,13 +71,15 @@ func measureBeside(ctx context.Context, program, programs, mode string, services
 	if err := c.up(ctx); err != nil {
 		return err
 	}
-	progress := func(what string) { fmt.Fprintf(os.Stderr, "beside %s, %d x %d: %s\n", mode, services, endpoints, what) }
+	progress := func(what string) {
+		fmt.Fprintf(os.Stderr, "beside kube-proxy, %s, %d x %d: %s\n", layout, services, endpoints, what)
+	}
 	progress("making Services…")
 	if err := c.fill(ctx, services, endpoints); err != nil {
 		return err
 	}
 	progress("waiting for kube-proxy…")
-	proxy, err := c.proxy(mode)
+	proxy, err := c.proxy(layout)
 	if err != nil {
 		return err
 	}
@@ -119,7 +125,7 @@ func measureBeside(ctx context.Context, program, programs, mode string, services
 			return err
 		}
 	}
-	fmt.Printf("### beside kube-proxy, mode %s, %d Services x %d endpoints\n\n", mode, services, endpoints)
+	fmt.Printf("### beside kube-proxy, %s, %d Services x %d endpoints\n\n", layout, services, endpoints)
 	fmt.Println("| | | ratio | at most |\n|---|---|---|---|")
 	fmt.Printf("| kube-proxy, memory | %s | 1 |  |\n", kib(memory))
 	fmt.Printf("| agent serve, memory | %s | %.2f | 1.0 |\n", kib(whole.memory()), float64(whole.memory())/float64(memory))
@@ -231,7 +237,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 func (a *agent) await(ctx context.Context, services int) error {
 	pattern := regexp.MustCompile(`(?m)^natlens_services ([0-9.e+]+)$`)
 	seen := 0.0
-	for start := time.Now(); time.Since(start) < 2*patience; {
+	for start := time.Now(); time.Since(start) < besidePatience; {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+a.address()+"/metrics", nil)
 		if err != nil {
 			return err
@@ -402,8 +408,15 @@ func (c *control) change(ctx context.Context, i, endpoints int) error {
 	return c.send(ctx, http.MethodPatch, fmt.Sprint(slicesPath, "/s", changedService), "application/merge-patch+json", map[string]any{"endpoints": list})
 }
 
-// proxy starts kube-proxy.
-func (c *control) proxy(mode string) (*exec.Cmd, error) {
+// proxy starts kube-proxy, with the backend of the layout for its iptables mode.
+func (c *control) proxy(layout string) (*exec.Cmd, error) {
+	mode := layout
+	if layout != "nftables" {
+		mode = "iptables"
+		if err := c.iptables(layout); err != nil {
+			return nil, err
+		}
+	}
 	config := fmt.Sprintf(`apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 clientConnection: {kubeconfig: %q}
@@ -415,7 +428,27 @@ conntrack: {maxPerCore: 0, min: 0}
 	if err := os.WriteFile(c.path("proxy.yaml"), []byte(config), 0o600); err != nil {
 		return nil, err
 	}
-	return c.run(filepath.Join(c.programs, "kube-proxy"), "--config", c.path("proxy.yaml"))
+	proxy := filepath.Join(c.programs, "kube-proxy")
+	return c.run("/usr/bin/env", "PATH="+c.path("bin")+":"+os.Getenv("PATH"), proxy, "--config", c.path("proxy.yaml"))
+}
+
+// iptables makes the names that kube-proxy runs those of a backend.
+func (c *control) iptables(backend string) error {
+	if err := os.MkdirAll(c.path("bin"), 0o755); err != nil {
+		return err
+	}
+	for _, family := range []string{"iptables", "ip6tables"} {
+		for _, does := range []string{"", "-save", "-restore"} {
+			program, err := exec.LookPath(family + "-" + backend + does)
+			if err != nil {
+				return err
+			}
+			if err := os.Symlink(program, filepath.Join(c.path("bin"), family+does)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (c *control) stop() {

@@ -63,12 +63,12 @@ func run(ctx context.Context, sizes, names []string, rounds int, agent string, r
 				return fmt.Errorf("%s agent: %w", size, err)
 			}
 		}
-		for _, mode := range []string{"iptables", "nftables"} {
-			if agent == "" || beside == "" {
+		for _, l := range layouts {
+			if agent == "" || beside == "" || !slices.Contains(names, l.name) {
 				continue
 			}
-			if err := measureBeside(ctx, agent, beside, mode, services, endpoints); err != nil {
-				return fmt.Errorf("%s beside kube-proxy in mode %s: %w", size, mode, err)
+			if err := measureBeside(ctx, agent, beside, l.name, services, endpoints); err != nil {
+				return fmt.Errorf("%s beside kube-proxy with %s: %w", size, l.name, err)
 			}
 		}
 	}
