@@ -3,7 +3,6 @@ package observed
 import (
 	"cmp"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -364,15 +363,15 @@ const mostFlows = 10
 // End ends the pass, and tells what was seen.
 func (p *Pass) End(took time.Duration) *Flows {
 	w := p.w
+	w.pending = false
 	for k, s := range w.standing {
 		if !s.pass.Equal(p.at.Time) {
 			delete(w.standing, k) // it is gone
+			continue
 		}
+		w.pending = w.pending || s.used.IsZero() && p.at.Time.Sub(s.since) < w.Grace+judged
 	}
 	w.last = p.at.Time
-	w.pending = slices.ContainsFunc(slices.Collect(maps.Values(w.standing)), func(s *standing) bool {
-		return s.used.IsZero() && p.at.Time.Sub(s.since) < w.Grace+judged
-	})
 	p.flows.Took = took
 	for e, f := range p.found {
 		p.flows.Findings = append(p.flows.Findings, p.finding(e, f))

@@ -90,7 +90,7 @@ func privileges(p *kube.Pod, uid string, capabilities uint64) (string, error) {
 
 // files lists what is in a container besides what the runtime mounts there.
 func files(p *kube.Pod, program string) (string, error) {
-	root := p.Proc + "/root/"
+	root := filepath.Join(p.Proc, "root") + "/"                         // through the link
 	mounted := []string{"dev", "proc", "sys", "etc", "var/run/secrets"} // /etc/hosts and the like
 	var found []string
 	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
@@ -114,7 +114,7 @@ func files(p *kube.Pod, program string) (string, error) {
 
 // readOnly tries to write into a container's root.
 func readOnly(p *kube.Pod) (string, error) {
-	name := p.Proc + "/root/written"
+	name := filepath.Join(p.Proc, "root", "written")
 	file, err := os.Create(name)
 	if err == nil {
 		return "", errors.Join(errors.New("a file could be written"), file.Close(), os.Remove(name))
