@@ -153,17 +153,18 @@ func (s *server) node(name string) {
 	s.set("nodes", name, &corev1.Node{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Node"}, ObjectMeta: metav1.ObjectMeta{Name: name, ResourceVersion: fmt.Sprint(s.version + 1)}})
 }
 
-func (s *server) slice(name, service string, addresses ...string) {
+// slice stores the EndpointSlice of Service a.
+func (s *server) slice(addresses ...string) {
 	port, empty := int32(8080), ""
 	sl := &discoveryv1.EndpointSlice{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"},
-		ObjectMeta: metav1.ObjectMeta{Namespace: "d", Name: name, ResourceVersion: fmt.Sprint(s.version + 1), Labels: map[string]string{discoveryv1.LabelServiceName: service}},
+		ObjectMeta: metav1.ObjectMeta{Namespace: "d", Name: "a-1", ResourceVersion: fmt.Sprint(s.version + 1), Labels: map[string]string{discoveryv1.LabelServiceName: "a"}},
 		Ports:      []discoveryv1.EndpointPort{{Name: &empty, Port: &port}}, AddressType: discoveryv1.AddressTypeIPv4,
 	}
 	for _, a := range addresses {
 		sl.Endpoints = append(sl.Endpoints, discoveryv1.Endpoint{Addresses: []string{a}})
 	}
-	s.set("endpointslices", name, sl)
+	s.set("endpointslices", "a-1", sl)
 }
 
 // start runs a watch on a server.
@@ -172,7 +173,7 @@ func start(t *testing.T) (*server, *kubeapi.Watch) {
 	s := &server{objects: map[string]map[string]any{}, watches: map[chan event]string{}}
 	s.node("n1")
 	s.service("a", "10.96.0.1")
-	s.slice("a-1", "a", "10.0.0.1")
+	s.slice("10.0.0.1")
 	web := httptest.NewServer(s)
 	t.Cleanup(web.Close)
 	t.Cleanup(func() { s.hangUp(http.StatusServiceUnavailable) })
@@ -227,7 +228,7 @@ func TestWatch(t *testing.T) {
 	}
 	s.service("b", "10.96.0.2")
 	want(t, w, "a 10.96.0.1 [10.0.0.1:8080], b 10.96.0.2 []")
-	s.slice("a-1", "a", "10.0.0.1", "10.0.0.2")
+	s.slice("10.0.0.1", "10.0.0.2")
 	want(t, w, "a 10.96.0.1 [10.0.0.1:8080 10.0.0.2:8080], b 10.96.0.2 []")
 	s.set("services", "b", nil)
 	s.set("endpointslices", "a-1", nil)
@@ -287,7 +288,7 @@ func TestExpired(t *testing.T) {
 	sent := time.Now()
 	s.service("a", "10.96.0.1")
 	s.node("n1")
-	s.slice("a-1", "a", "10.0.0.1", "10.0.0.3")
+	s.slice("10.0.0.1", "10.0.0.3")
 	want(t, w, before)
 	status(t, w, func(st desired.Status) bool { return st.Confirmed.After(sent) })
 	s.mu.Lock()
@@ -296,7 +297,7 @@ func TestExpired(t *testing.T) {
 	s.mu.Unlock()
 	changed := time.Now()
 	s.hangUp(0)
-	s.slice("a-1", "a", "10.0.0.2")
+	s.slice("10.0.0.2")
 	s.mu.Lock()
 	s.told = nil
 	s.mu.Unlock()
