@@ -110,6 +110,8 @@ func demoLive(ctx context.Context, ln net.Listener, stdout io.Writer, log *slog.
 	reader := &kernelReader{}
 	keeper := &snapshot.Keeper{Reader: d.Reader(reader), Moved: reader.Moved, Node: d.Node, Name: "demo", Interval: 2 * time.Second, Log: log}
 	keeper.Flows, keeper.FlowPause, keeper.Grace = d.Flows(newFlowReader()), leastConntrack, defaultGrace
+	echo := d.Echo(log)
+	keeper.Echo = echo // before the first reading, which is served
 	if err := keeper.Refresh(ctx); err != nil {
 		return cannotRun{err}
 	}
@@ -118,7 +120,7 @@ func demoLive(ctx context.Context, ln net.Listener, stdout io.Writer, log *slog.
 		return err
 	}
 	go d.Traffic(ctx)
-	if err := serveOn(ctx, ln, nil, keeper, nil, d.Echo(log), true, log); err != nil {
+	if err := serveOn(ctx, ln, nil, keeper, nil, echo, true, log); err != nil {
 		return err
 	}
 	fmt.Fprintln(stdout, "\nWhat the traffic did:")

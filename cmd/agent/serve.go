@@ -176,6 +176,9 @@ func serve(ctx context.Context, src source, opts serveOptions, log *slog.Logger)
 		return err
 	}
 	echo := opts.echo.monitor(&src, watch, opts.grace, log)
+	if echo != nil {
+		keeper.Echo = echo
+	}
 	ln, err := net.Listen("tcp", opts.listen)
 	if err != nil {
 		return fmt.Errorf("%w: choose another with --listen", err)
@@ -221,12 +224,9 @@ func (o *serveOptions) compare(src *source, keeper *snapshot.Keeper, log *slog.L
 
 // serveOn keeps the snapshot fresh and answers requests until the context
 // ends; requests in flight finish. Whoever comes through the plain listener may
-// read everything; secure, watch and echo may be nil.
+// read everything; secure, watch and echo, the keeper's monitor, may be nil.
 func serveOn(ctx context.Context, plain net.Listener, secure *secureListener, keeper *snapshot.Keeper, watch *kubeapi.Watch, echo *monitor.Monitor, endpointMetrics bool, log *slog.Logger) error {
 	registry := prometheus.NewPedanticRegistry()
-	if echo != nil {
-		keeper.Echo = echo
-	}
 	if watch != nil {
 		latency := metrics.NewLatency()
 		registry.MustRegister(latency)
