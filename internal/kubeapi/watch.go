@@ -18,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/selection"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
@@ -140,11 +141,16 @@ func (w *Watch) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	quiet := logr.Discard() // what fails is logged here
 	for _, k := range w.kinds {
-		r := cache.NewReflectorWithOptions(k.lister, k.object, k.store, cache.ReflectorOptions{Name: "natlens", Logger: &quiet})
+		pauses := retryPauses
+		r := cache.NewReflectorWithOptions(k.lister, k.object, k.store, cache.ReflectorOptions{Name: "natlens", Logger: &quiet, Backoff: &pauses})
 		wg.Go(func() { r.RunWithContext(ctx) })
 	}
 	wg.Wait()
 }
+
+// retryPauses are those of a reflector that cannot reach the API. client-go's own
+// grow to 30 to 60 s; who tells what is wrong after an outage is to be back sooner.
+var retryPauses = wait.Backoff{Duration: 800 * time.Millisecond, Factor: 2, Jitter: 1, Cap: 15 * time.Second, Steps: 10}
 
 // Objects are what the API has.
 func (w *Watch) Objects() *desired.Objects { return w.objects }

@@ -141,6 +141,12 @@ func counts(wants []want) string {
 // does not answer: 45 s.
 const hangNoticed = 55 * time.Second
 
+// backAgain is how long it takes at most until all agents compare again. An API
+// server that ends takes its endpoint away, so that the agents' way to it is closed
+// until kube-proxy has come back, which may need two pauses of a minute each; then
+// the agents' own begin to count.
+const backAgain = 3 * time.Minute
+
 // withoutAPI takes the API server away for a while: by an end and by a hang.
 func (f *faultBench) withoutAPI(ctx context.Context) {
 	server := f.Processes(f.Control)[1]
@@ -180,7 +186,7 @@ func (f *faultBench) withoutAPI(ctx context.Context) {
 		back := time.Now()
 		err := way.back()
 		f.check(fmt.Sprintf("the API server is back after it %s", way.what), func() (string, error) {
-			err := errors.Join(err, eventually(ctx, 2*time.Minute, func() error {
+			err := errors.Join(err, eventually(ctx, backAgain, func() error {
 				for _, l := range f.looks {
 					if s := l.state(); !s.Compared || s.Error != "" {
 						return fmt.Errorf("%s: %s", l.node.Name, s.Error)
