@@ -251,7 +251,7 @@ func (k *kind) listWatch(lw *cache.ListWatch) *cache.ListWatch {
 
 // fail notes an error, with the lock held.
 func (k *kind) fail(err error) {
-	k.turn(false)
+	k.ended()
 	if k.err = err; k.lost.IsZero() {
 		k.lost = time.Now()
 	}
@@ -259,10 +259,10 @@ func (k *kind) fail(err error) {
 	k.tell()
 }
 
-// turn notes whether a watch is open, with the lock held.
-func (k *kind) turn(watching bool) {
-	if k.watching != watching {
-		k.watching, k.turned = watching, time.Now()
+// ended notes that no watch is open, with the lock held.
+func (k *kind) ended() {
+	if k.watching {
+		k.watching, k.turned = false, time.Now()
 	}
 }
 
@@ -297,7 +297,7 @@ type watched struct {
 // whoever ended it.
 func (w *watched) Stop() {
 	w.kind.mu.Lock()
-	w.kind.turn(false)
+	w.kind.ended()
 	w.kind.mu.Unlock()
 	w.Interface.Stop()
 }

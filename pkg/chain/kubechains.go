@@ -410,8 +410,8 @@ func unreachable(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 // forgetful reports the endpoints of a chain whose clients session affinity does
 // not keep as it keeps those of the others: kube-proxy writes it for all or none.
 func forgetful(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
-	known := map[netfilter.ChainID]int{} // the endpoints' chains that known clients go to, for so many seconds
-	seconds := 0                         // of the first
+	known := map[netfilter.ChainID]bool{} // the endpoints' chains that known clients go to
+	seconds := 0                          // for how long, in the first such rule
 	for i := range c.Len() {
 		rule := c.Rule(i)
 		to, keeps, ok := knownClients(t, c, rule)
@@ -421,7 +421,7 @@ func forgetful(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 		if len(known) == 0 {
 			seconds = keeps
 		}
-		known[to.ID] = keeps
+		known[to.ID] = true
 		if keeps != seconds {
 			owners.finder(c).add(AffinityMismatch, Warning, []RuleRef{{t, c, i}}, "rule %d of %s keeps clients with %s for %d s, other rules of this Service for %d s", i+1, c.Name, to.Name, keeps, seconds)
 		}
@@ -434,7 +434,7 @@ func forgetful(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 	}
 	for i := range c.Len() {
 		for _, to := range sendsTo(t, c, c.Rule(i)) {
-			if _, ok := known[to.ID]; !ok {
+			if !known[to.ID] {
 				owners.finder(c).add(AffinityMismatch, Warning, []RuleRef{{t, c, i}}, "no rule of %s keeps known clients with %s, as others do for this Service's other endpoints", c.Name, to.Name)
 			}
 		}
