@@ -169,6 +169,7 @@ type legacyDecoder struct {
 	// by slotSize: the chain's ID plus 1, times slotSize, plus what is left of the
 	// offset. Jumps are many, and the chains are far apart in memory.
 	users []uint32
+	named func() int       // waits until all names can be found; see [netfilter.Table.NameAll]
 	chain *netfilter.Chain // that the rules at hand go to
 	xt    xtDecoder        // of their matches and targets
 	text  []byte           // reused
@@ -190,7 +191,7 @@ type legacyDecoded struct {
 // The chains expected are those of the last time, in their order.
 func decodeLegacy(b legacyBlob, into *netfilter.Table, expected []netfilter.ChainID) (*legacyDecoded, error) {
 	out := &legacyDecoded{sets: map[uint16]string{}}
-	var mu sync.Mutex // guards the table, out, and setName
+	var mu sync.Mutex // guards out and setName
 	if ask := b.setName; ask != nil {
 		b.setName = func(id uint16) (string, bool) {
 			mu.Lock()
@@ -218,9 +219,10 @@ func decodeLegacy(b legacyBlob, into *netfilter.Table, expected []netfilter.Chai
 		half := max(0, slices.IndexFunc(d.chains, func(c legacyChain) bool { return c.start > len(b.entries)/2 }))
 		parts = [][]legacyChain{d.chains[:half], d.chains[half:]}
 	}
-	errs := make([]error, len(parts))
+	errs, done := make([]error, len(parts)), make([]*netfilter.Part, len(parts))
 	var workers sync.WaitGroup
 	for i, part := range parts {
+		done[i] = into.Part()
 		workers.Go(func() {
 			w := d
 			w.chain = &netfilter.Chain{}
@@ -229,17 +231,21 @@ func decodeLegacy(b legacyBlob, into *netfilter.Table, expected []netfilter.Chai
 				if errs[i] = w.rules(&c, bases); errs[i] != nil {
 					return
 				}
-				mu.Lock()
-				into.Adopt(w.chain)
-				mu.Unlock()
+				done[i].Adopt(w.chain)
 			}
 		})
 	}
 	workers.Wait()
+	if id := d.named(); id >= 0 {
+		return nil, d.twice(&d.chains[slices.IndexFunc(d.chains, func(c legacyChain) bool { return int(c.id) == id })])
+	}
 	for _, err := range errs {
 		if err != nil {
 			return nil, err // that of the lower offset
 		}
+	}
+	for _, part := range done {
+		part.Join()
 	}
 	out.chains = d.chains
 	d.keepOnly()
@@ -373,15 +379,13 @@ func (d *legacyDecoder) findChains(expected []netfilter.ChainID) error {
 	case count != d.count:
 		return d.corrupt(len(d.entries), "%d entries, and %d were announced", count, d.count)
 	}
+	d.named = func() int { return -1 }
 	if expected == nil {
-		d.result.Grow(len(names))
-		for i, id := range d.result.IDsOf(names) {
-			d.chains[i].id = id
-		}
+		d.named = d.result.NameAll(names)
 	}
 	for i := range d.chains {
 		c := &d.chains[i]
-		if expected != nil {
+		if c.id = netfilter.ChainID(i); expected != nil {
 			c.id = d.nextID(names[i], &expected)
 		}
 		c.name = d.result.ChainName(c.id)
@@ -536,7 +540,7 @@ func (d *legacyDecoder) checkChains() (bases [5]*netfilter.Base, err error) {
 	seen := make([]bool, d.result.NameCount())
 	for _, c := range d.chains {
 		if c.name == "" || seen[c.id] {
-			return bases, d.corrupt(c.start, "a second chain %q, or one without a name", c.name)
+			return bases, d.twice(&c)
 		}
 		seen[c.id] = true
 		e, err := d.at(c.last)
@@ -557,6 +561,10 @@ func (d *legacyDecoder) checkChains() (bases [5]*netfilter.Base, err error) {
 		}
 	}
 	return bases, nil
+}
+
+func (d *legacyDecoder) twice(c *legacyChain) error {
+	return d.corrupt(c.start, "a second chain %q, or one without a name", c.name)
 }
 
 // base returns what ties a chain to its hook; e is its policy.

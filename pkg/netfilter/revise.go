@@ -103,42 +103,85 @@ func (t *Table) DraftByID(c *Chain, id ChainID) {
 // may be used again. It reports whether the rules were others.
 func (t *Table) Adopt(draft *Chain) (changed bool) {
 	have := t.chains[draft.ID]
+	c := t.adopted(draft, t.arena)
+	t.set(c)
+	return have == nil || have.version != c.version
+}
+
+// adopted returns the chain that a draft makes of the one of its name.
+func (t *Table) adopted(draft *Chain, a *arena) *Chain {
+	have := t.chains[draft.ID]
 	if have == nil || !have.sameRules(draft) {
-		t.ownChains()
-		c := t.arena.keep(draft)
-		if have == nil {
-			t.order = append(t.order, c.ID)
-		} else {
-			t.replaced += have.Len()
-		}
-		t.chains[c.ID] = c
-		return true
+		return a.keep(draft)
 	}
 	var policy Counter
 	if draft.Base != nil {
 		policy = draft.Base.Counter
 	}
-	t.Recount(draft.ID, draft.counts, policy)
-	return false
+	return have.recounted(draft.counts, policy)
+}
+
+// set puts a chain in the place of the one of its name.
+func (t *Table) set(c *Chain) {
+	have := t.chains[c.ID]
+	if c == have {
+		return
+	}
+	t.ownChains()
+	t.chains[c.ID] = c
+	switch {
+	case have == nil:
+		t.order = append(t.order, c.ID)
+	case have.version != c.version:
+		t.replaced += have.Len()
+	}
+}
+
+// Part adopts some chains of a table while other goroutines do so with others.
+// Until Join, the table is as it was.
+type Part struct {
+	table *Table
+	arena arena
+	moved []*Chain // what they are now, where that differs
+}
+
+// Part returns a part of the table.
+func (t *Table) Part() *Part { return &Part{table: t} }
+
+// Adopt is [Table.Adopt] for chains that no other part adopts.
+func (p *Part) Adopt(draft *Chain) {
+	if c := p.table.adopted(draft, &p.arena); c != p.table.chains[c.ID] {
+		p.moved = append(p.moved, c)
+	}
+}
+
+// Join puts into the table what the part has adopted.
+func (p *Part) Join() {
+	for _, c := range p.moved {
+		p.table.set(c)
+	}
 }
 
 // Recount takes over what the rules of a chain have counted, one by one, and
 // what met its policy, if it hangs on a hook. The counts stay the caller's.
 func (t *Table) Recount(id ChainID, counts []Counter, policy Counter) {
-	have := t.chains[id]
-	if slices.Equal(have.counts, counts) && (have.Base == nil || have.Base.Counter == policy) {
-		return
+	t.set(t.chains[id].recounted(counts, policy))
+}
+
+// recounted returns the chain with other counters; c itself when they are the same.
+func (c *Chain) recounted(counts []Counter, policy Counter) *Chain {
+	if slices.Equal(c.counts, counts) && (c.Base == nil || c.Base.Counter == policy) {
+		return c
 	}
-	t.ownChains()
-	c := *have
+	next := *c
 	if c.Base != nil {
 		base := *c.Base
 		base.Counter = policy
-		c.Base = &base
+		next.Base = &base
 	}
 	// Not in the arena: these are replaced often.
-	c.counts = slices.Clone(counts)
-	t.chains[id] = &c
+	next.counts = slices.Clone(counts)
+	return &next
 }
 
 // Remove takes chains out of the table. Their names keep their numbers.

@@ -74,6 +74,67 @@ func TestRevise(t *testing.T) {
 	}
 }
 
+// TestPart has two goroutines adopt chains of one table.
+func TestPart(t *testing.T) {
+	first := NewTable(IPv4, "nat", BackendLegacy)
+	var chains [][]byte
+	for i := range 100 {
+		chains = append(chains, fmt.Appendf(nil, "KUBE-%02d", i))
+	}
+	if twice := first.NameAll(chains)(); twice >= 0 {
+		t.Fatalf("name %d is there twice", twice)
+	}
+	fill := func(table *Table, packets uint64, odd string) {
+		var wg sync.WaitGroup
+		parts := []*Part{table.Part(), table.Part()}
+		for i, part := range parts {
+			wg.Go(func() {
+				var c Chain
+				for k := i; k < len(chains); k += len(parts) {
+					to := "10.0.0.1:80"
+					if k == 7 {
+						to = odd
+					}
+					draft(t, table, &c, string(chains[k]), packets, to)
+					part.Adopt(&c)
+				}
+			})
+		}
+		wg.Wait()
+		for _, part := range parts {
+			part.Join()
+		}
+	}
+	fill(first, 1, "10.0.0.7:80")
+	if got := fmt.Sprint(len(names(first)), first.RuleCount()); got != "100 100" {
+		t.Errorf("chains and rules: %s, want 100 of each", got)
+	}
+	same := first.Revise()
+	fill(same, 1, "10.0.0.7:80")
+	if same.Touched() {
+		t.Error("the same rules and counters are others")
+	}
+	next := first.Revise()
+	fill(next, 2, "10.0.0.8:80")
+	for i, c := range first.Chains() {
+		now := next.ByID(c.ID)
+		if n, _ := now.Counter(0); n.Packets != 2 {
+			t.Errorf("%s counted %d, want 2", c.Name, n.Packets)
+		}
+		if want := c.Name != "KUBE-07"; (now.Version() == c.Version()) != want {
+			t.Errorf("%s, the chain %d: the same rules are %v, want %v", c.Name, i, !want, want)
+		}
+	}
+}
+
+// TestNameAll finds a name that is there twice.
+func TestNameAll(t *testing.T) {
+	table := NewTable(IPv4, "nat", BackendLegacy)
+	if twice := table.NameAll([][]byte{[]byte("A"), []byte("B"), []byte("A"), []byte("C")})(); twice != 2 {
+		t.Errorf("it is that with number %d, want 2", twice)
+	}
+}
+
 // TestReviseBase replaces what a base chain's policy counted, and its policy.
 func TestReviseBase(t *testing.T) {
 	var c Chain

@@ -185,12 +185,6 @@ func (t *Table) number(name string) ChainID {
 	return id
 }
 
-// Grow makes room in an empty table for about so many chains.
-func (t *Table) Grow(chains int) {
-	t.ids = make(map[string]ChainID, chains)
-	t.names, t.chains, t.order = make([]string, 0, chains), make([]*Chain, 0, chains), make([]ChainID, 0, chains)
-}
-
 // IDOf is ID for a name in a buffer, of which it makes a string only when the
 // name is new.
 func (t *Table) IDOf(name []byte) ChainID {
@@ -200,20 +194,28 @@ func (t *Table) IDOf(name []byte) ChainID {
 	return t.ID(string(name))
 }
 
-// IDsOf is IDOf for many names, of which it keeps one copy together.
-func (t *Table) IDsOf(names [][]byte) []ChainID {
-	all := string(bytes.Join(names, nil))
-	ids := make([]ChainID, len(names))
+// NameAll gives the chains of an empty table their numbers, in the order of their
+// names. To find them by name takes longer: wait returns when that can be done, and
+// tells the number of a name that is there twice, -1 for none.
+func (t *Table) NameAll(names [][]byte) (wait func() (twice int)) {
+	all := string(bytes.Join(names, nil)) // one copy of them
+	t.names, t.chains, t.order = make([]string, len(names)), make([]*Chain, len(names)), make([]ChainID, 0, len(names))
 	for i, name := range names {
-		var one string
-		one, all = all[:len(name)], all[len(name):]
-		id, ok := t.lookupID(one)
-		if !ok {
-			id = t.number(one)
-		}
-		ids[i] = id
+		t.names[i], all = all[:len(name)], all[len(name):]
 	}
-	return ids
+	found := make(chan int, 1)
+	go func() {
+		twice := -1
+		t.ids = make(map[string]ChainID, len(names))
+		for i, name := range t.names {
+			if _, known := t.ids[name]; known {
+				twice = i
+			}
+			t.ids[name] = ChainID(i)
+		}
+		found <- twice
+	}()
+	return func() int { return <-found }
 }
 
 // Find returns the number of the name in a buffer, if it has one already. It

@@ -74,6 +74,9 @@ func runChild(ctx context.Context, row string) error {
 						return err
 					}
 				}
+			} else { // the next one is as of a process that has done nothing yet
+				w.programmed = nil
+				debug.FreeOSMemory()
 			}
 			fmt.Println(0, 0)
 			continue
@@ -109,7 +112,6 @@ func (w *worker) row(ctx context.Context, layout, what string) (ready func() err
 		return nil, once(func() error { return dumpSets("kube-proxy") })
 	case "read":
 		return nil, once(func() error {
-			debug.FreeOSMemory() // the reading before is no part of this one's memory
 			_, err := w.reader.Read(ctx)
 			return err
 		})
