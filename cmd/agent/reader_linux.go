@@ -3,9 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/natlens/natlens/internal/observed"
 	"github.com/natlens/natlens/internal/snapshot"
@@ -87,16 +84,18 @@ func (r *kernelReader) Read(ctx context.Context) (*netfilter.Ruleset, error) {
 
 // Moved reports whether nf_tables has changed since the last Read. The legacy
 // backend does not tell.
-func (r *kernelReader) Moved() bool { return r.iptables.Moved() || r.nftables.Moved() }
+func (r *kernelReader) Moved() bool {
+	if r.iptables.Moved() {
+		return true
+	}
+	// There is one number for both, which need not be asked for twice.
+	a, okA := r.iptables.AsOf()
+	b, okB := r.nftables.AsOf()
+	return !(okA && okB && a == b) && r.nftables.Moved()
+}
 
 // First names chains to look at before the others when rules have moved.
 func (r *kernelReader) First(chains []string) { r.iptables.First(chains) }
-
-// sleep blocks the thread, or less long than it should when a signal comes.
-func sleep(d time.Duration) {
-	ts := unix.NsecToTimespec(int64(max(d, 0)))
-	_ = unix.Nanosleep(&ts, nil)
-}
 
 // Close gives back what is kept for the next Read.
 func (r *kernelReader) Close() error { return errors.Join(r.iptables.Close(), r.nftables.Close()) }

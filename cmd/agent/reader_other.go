@@ -17,8 +17,8 @@ func newReader(string) (snapshot.Reader, error) { return iptables.NewExec() }
 // newFlowReader returns nil: there are no tracked connections elsewhere.
 func newFlowReader() snapshot.FlowReader { return nil }
 
-// sleep is what only the reader of Linux's kernel asks for.
-var sleep func(time.Duration)
+// newSleep returns nil: only who reads Linux's kernel wakes up so often.
+func newSleep() func(time.Duration) { return nil }
 
 // newPinReader returns nil: session affinity binds nobody elsewhere.
 func newPinReader() observed.PinReader { return nil }

@@ -81,6 +81,12 @@ func (k *Keeper) compared(s *Snapshot) {
 		s.Version++
 	}
 	k.due.Store(&s.API.due)
+	if !s.API.due.IsZero() {
+		select {
+		case k.differs <- struct{}{}:
+		default: // it is known already
+		}
+	}
 	for _, l := range latencies {
 		if k.Followed != nil {
 			k.Followed(l)
@@ -117,15 +123,21 @@ const (
 // keepConfirmed asks the API for a sign of life when a difference has lasted so
 // long that it may count, and then has the rules read, which may not have moved.
 func (k *Keeper) keepConfirmed(ctx context.Context) {
-	tick := time.NewTicker(dueStep)
-	defer tick.Stop()
 	var asked time.Time
 	var about *time.Time
 	for {
+		// A ticker would wake up for nothing most of the time.
+		if due := k.due.Load(); due == nil || due.IsZero() {
+			select {
+			case <-ctx.Done():
+				return
+			case <-k.differs:
+			}
+		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-time.After(dueStep):
 		}
 		due := k.due.Load()
 		if due == nil || due.IsZero() || time.Now().Before(*due) || about != nil && due.Equal(*about) && time.Since(asked) < confirmPause {
@@ -146,6 +158,7 @@ func (k *Keeper) keepConfirmed(ctx context.Context) {
 type comparer struct {
 	tracker   reconcile.Tracker
 	due       atomic.Pointer[time.Time] // when the next difference may count; zero for none
+	differs   chan struct{}             // gets a value when there is such a time
 	ripe      chan struct{}             // gets a value when one does, if it is still there
 	comparing time.Duration             // what the last comparison took
 	rechecked time.Time                 // when the API was last looked at because it changed

@@ -34,9 +34,8 @@ type Keeper struct {
 	// has changed of late: a reader that takes long looks at those first. Nil where
 	// all is read at once.
 	First func(chains []string)
-	// Sleep blocks the calling thread, for less than the given time if need be; nil
-	// for a timer. Of a thread that sleeps, the runtime takes no notice: that halves
-	// the cost of looking up ten times a second.
+	// Sleep waits for so long, at less cost than a timer, since ten times a second;
+	// nil for a timer. News waits until it is over.
 	Sleep func(time.Duration)
 	// API is what the rules are compared with; nil for nothing. A difference is a
 	// finding after Grace; what the rules alone show, after a few seconds at most.
@@ -73,7 +72,7 @@ const busyShare = 10
 // countShare does so for readings that find nothing but counters, while no rule
 // has moved for a while; mostCountRest bounds that pause.
 const (
-	countShare    = 2000
+	countShare    = 5000
 	mostCountRest = time.Minute
 )
 
@@ -103,7 +102,7 @@ func (k *Keeper) Changes() uint64 { return k.changes.Load() }
 // may count, and at each interval for what the rules have counted.
 func (k *Keeper) Run(ctx context.Context) {
 	k.tracker.Grace = k.Grace
-	k.ripe = make(chan struct{}, 1)
+	k.differs, k.ripe = make(chan struct{}, 1), make(chan struct{}, 1)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	if k.API != nil {
@@ -200,8 +199,7 @@ const (
 	newsOfDue       // a difference may count, if it is still there
 )
 
-// nap waits for so long, or until there is news. Where a thread sleeps instead,
-// news waits until it wakes.
+// nap waits for so long, or until there is news; see Sleep.
 func (k *Keeper) nap(ctx context.Context, d time.Duration, changed <-chan struct{}) news {
 	if k.Sleep != nil && d <= pollPause {
 		if n := k.news(changed); n != noNews {

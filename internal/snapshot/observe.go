@@ -84,8 +84,8 @@ func sameFindings(a, b *observed.Flows) bool {
 // waited for, quietShare does, as long as that is no longer than mostFlowRest.
 const (
 	flowShare    = 100
-	quietShare   = 1000
-	mostFlowRest = time.Minute
+	quietShare   = 3000
+	mostFlowRest = 2 * time.Minute
 )
 
 // flowRests returns the pause after a look at conntrack that took so long, and how
@@ -101,6 +101,8 @@ func (k *Keeper) flowRests(took time.Duration) (whole, soon time.Duration) {
 // again until the context ends.
 func (k *Keeper) watchTraffic(ctx context.Context) {
 	watch, pinner := observed.Watch{Grace: k.Grace}, observed.Pinner{Reader: k.Pins}
+	news, end := k.Subscribe()
+	defer end()
 	for ctx.Err() == nil {
 		start := time.Now()
 		s := k.Snapshot()
@@ -109,10 +111,28 @@ func (k *Keeper) watchTraffic(ctx context.Context) {
 			k.lookAtPins(ctx, &pinner, s)
 		}
 		whole, soon := k.flowRests(time.Since(start))
-		for rested := time.Duration(0); rested < whole && ctx.Err() == nil; rested += soon {
-			rest(ctx, min(soon, whole-rested))
-			if watch.Pending() || k.resolvedAnew(s) {
-				break
+		if watch.Pending() {
+			whole = soon
+		}
+		k.restOfTraffic(ctx, s, news, whole, soon)
+	}
+}
+
+// restOfTraffic waits for the whole pause after a look, or only for soon once other
+// Services are published than the look was about.
+func (k *Keeper) restOfTraffic(ctx context.Context, s *Snapshot, news <-chan struct{}, whole, soon time.Duration) {
+	start := time.Now()
+	over := time.NewTimer(whole)
+	defer over.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-over.C:
+			return
+		case <-news:
+			if k.resolvedAnew(s) {
+				over.Reset(soon - time.Since(start))
 			}
 		}
 	}
@@ -123,13 +143,6 @@ func (k *Keeper) watchTraffic(ctx context.Context) {
 func (k *Keeper) resolvedAnew(s *Snapshot) bool {
 	now := k.Snapshot()
 	return now != nil && (s == nil || now.Programmed != s.Programmed)
-}
-
-func rest(ctx context.Context, d time.Duration) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(d):
-	}
 }
 
 func (k *Keeper) lookAtFlows(ctx context.Context, watch *observed.Watch, s *Snapshot) {

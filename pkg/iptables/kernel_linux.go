@@ -77,6 +77,9 @@ func (k *Kernel) refreshLegacy(ctx context.Context) (*netfilter.Ruleset, error) 
 // Legacy tables do not tell.
 func (k *Kernel) Moved() bool { return k.nft.Moved() }
 
+// AsOf is [NFT.AsOf].
+func (k *Kernel) AsOf() (generation uint32, ok bool) { return k.nft.AsOf() }
+
 // First names chains to look at before the others; see [NFT.First]. Legacy tables
 // are read as a whole.
 func (k *Kernel) First(chains []string) { k.nft.First(chains) }

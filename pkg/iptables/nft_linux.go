@@ -57,6 +57,10 @@ func (n *NFT) First(chains []string) { n.stepper.first = chains }
 // not be asked for. It takes some three microseconds. Counters are no rules.
 func (n *NFT) Moved() bool { return n.follower.Moved() }
 
+// AsOf returns the generation of nf_tables that the last Refresh returned, which is
+// the same for all its tables; ok is false when it was none.
+func (n *NFT) AsOf() (generation uint32, ok bool) { return n.follower.AsOf() }
+
 // Close gives back what Refresh keeps for the next time.
 func (n *NFT) Close() error {
 	n.follower.Stepper = &n.stepper

@@ -69,6 +69,12 @@ func (f *Follower) Moved() bool {
 	return err != nil || f.last == nil || g != f.generation
 }
 
+// AsOf returns the generation of nf_tables that the last Refresh returned; ok is
+// false when it was none.
+func (f *Follower) AsOf() (generation uint32, ok bool) {
+	return f.generation, f.last != nil && !f.absent
+}
+
 // Refresh returns the rules as of now. What it returned last time is returned
 // again when nothing has moved. If the rules keep changing, the result is Torn.
 // The first call ties the follower to the namespace of the calling thread. An
