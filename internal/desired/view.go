@@ -2,6 +2,7 @@ package desired
 
 import (
 	"cmp"
+	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -106,6 +107,17 @@ func (o *Objects) View(r Release) *View {
 	o.everything, o.last = false, next
 	clear(o.changed)
 	return next
+}
+
+// Waiting returns the Services of which objects have changed since the last View; nil
+// where all may have.
+func (o *Objects) Waiting() []Key {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.everything {
+		return nil
+	}
+	return slices.Collect(maps.Keys(o.changed))
 }
 
 // As works out one port as a kube-proxy of another release is to program it; nil

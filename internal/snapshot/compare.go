@@ -72,11 +72,9 @@ func (k *Keeper) compared(s *Snapshot) {
 	}
 	start := time.Now()
 	last := s.API
+	k.ahead.note(k.API.Objects().Waiting(), s.Programmed, start)
 	var latencies []time.Duration
 	s.API, latencies = s.compare(&k.tracker, k.API.Objects(), k.API.Status())
-	if s.API.Known {
-		k.ahead.note(k.API.Objects().View(s.API.Release), s.Programmed, start)
-	}
 	if !last.says(&s.API) {
 		s.Version++
 	}
@@ -106,11 +104,16 @@ func (k *Keeper) recheck() {
 	k.publish(&next, next.Version != last.Version)
 }
 
-// recheckPause is the least time between two changes of the API that are looked
-// at each by itself; comparing takes at most a tenth of the time.
-func (k *Keeper) recheckPause() time.Duration {
-	const least = 100 * time.Millisecond
-	return max(least, busyShare*k.comparing)
+// recheckAt returns when to compare with an API that has just changed, unless the
+// rules move before: after kube-proxy has had its time to follow, which needs the
+// processor itself then. Comparing takes at most a tenth of the time.
+func (k *Keeper) recheckAt(now time.Time) time.Time {
+	const follow, least = time.Second, 100 * time.Millisecond
+	at := k.rechecked.Add(max(least, busyShare*k.comparing))
+	if k.Moved != nil && at.Before(now.Add(follow)) {
+		return now.Add(follow)
+	}
+	return at
 }
 
 // Differences are looked at again when they are due, to the second, and while the
@@ -168,7 +171,6 @@ type comparer struct {
 // ahead are the chains whose rules should change soon, since the API has changed
 // their Services.
 type ahead struct {
-	view  *desired.View        // that was noted last
 	until map[string]time.Time // by chain: when it is no longer looked at first
 }
 
@@ -177,22 +179,22 @@ const (
 	mostAhead = 256              // chains; to look at more first is to look at all
 )
 
-// note takes in which Services the API has changed since the view before. A Service
-// without chains is none that could be looked at first.
-func (a *ahead) note(v *desired.View, p *chain.Programmed, now time.Time) {
-	if v == a.view {
-		return
-	}
-	a.view = v
-	if len(v.Changed) == 0 || len(v.Changed) > mostAhead {
+// note takes in which Services the API has changed. A Service without chains is none
+// that could be looked at first.
+func (a *ahead) note(changed []desired.Key, p *chain.Programmed, now time.Time) {
+	if len(changed) == 0 || len(changed) > mostAhead {
 		return
 	}
 	if a.until == nil {
 		a.until = map[string]time.Time{}
 	}
+	these := map[desired.Key]bool{}
+	for _, key := range changed {
+		these[key] = true
+	}
 	for i := range p.Services {
 		s := p.Services[i].ServicePort
-		if _, changed := v.Changed[desired.Key{Namespace: s.Namespace, Name: s.Name}]; !changed {
+		if !these[desired.Key{Namespace: s.Namespace, Name: s.Name}] {
 			continue
 		}
 		for _, prefix := range []string{"KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-XLB-", "KUBE-FW-"} {

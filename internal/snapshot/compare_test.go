@@ -284,3 +284,50 @@ func TestChangedServiceFirst(t *testing.T) {
 		}
 	})
 }
+
+// A change of the API is looked at together with that of the rules, ahead of others,
+// and by itself only when they do not follow: kube-proxy needs the processor then.
+func TestChangedWaitsForRules(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAPI("10.0.0.1", "10.0.0.2")
+		k, r := newKeeper(dump)
+		var changed atomic.Bool
+		var told atomic.Value
+		k.API, k.Grace, k.Interval = a, 30*time.Second, time.Hour
+		k.First = func(chains []string) { told.Store(chains) }
+		k.Moved = func() bool { return changed.Swap(false) }
+		during(t, k, func() {
+			pending := func(wait time.Duration) int {
+				time.Sleep(wait)
+				synctest.Wait()
+				return k.Snapshot().API.Pending
+			}
+			a.want("10.0.0.1", "10.0.0.3")
+			if got := pending(900 * time.Millisecond); got != 0 {
+				t.Errorf("%d differences while kube-proxy is at work", got)
+			}
+			if got := pending(200 * time.Millisecond); got == 0 {
+				t.Error("no difference though the rules have not followed")
+			}
+			r.set(moved, nil)
+			changed.Store(true)
+			if got := pending(200 * time.Millisecond); got != 0 {
+				t.Errorf("%d differences after the rules have followed", got)
+			}
+
+			told.Store([]string{})
+			time.Sleep(aheadFor)
+			a.want("10.0.0.1", "10.0.0.2")
+			time.Sleep(300 * time.Millisecond)
+			r.set(dump, nil)
+			changed.Store(true)
+			if got := pending(200 * time.Millisecond); got != 0 {
+				t.Errorf("%d differences after the rules have followed at once", got)
+			}
+			want := chain.ServiceChain("KUBE-SVC-", chain.ServicePort{Namespace: "default", Name: "app", Protocol: netfilter.TCP})
+			if told := told.Load().([]string); !slices.Contains(told, want) {
+				t.Errorf("told of %q, want %s with them", told, want)
+			}
+		})
+	})
+}

@@ -159,7 +159,7 @@ func (k *Keeper) pause(ctx context.Context, rest, long time.Duration) {
 		}
 		switch k.nap(ctx, time.Until(next), changed) {
 		case newsOfAPI:
-			changed, recheck = nil, k.rechecked.Add(k.recheckPause())
+			changed, recheck = nil, k.recheckAt(time.Now())
 		case newsOfEcho:
 			k.echoed()
 		case newsOfDue:
@@ -300,6 +300,9 @@ func (k *Keeper) Refresh(ctx context.Context) error {
 
 func (k *Keeper) read(ctx context.Context, last *Snapshot, now time.Time) (*Snapshot, error) {
 	if k.First != nil {
+		if k.API != nil && last != nil {
+			k.ahead.note(k.API.Objects().Waiting(), last.Programmed, now)
+		}
 		k.First(k.ahead.chains(now))
 	}
 	rs, err := k.Reader.Read(ctx)
