@@ -20,5 +20,8 @@ func newFlowReader() snapshot.FlowReader { return nil }
 // newSleep returns nil: only who reads Linux's kernel wakes up so often.
 func newSleep() func(time.Duration) { return nil }
 
+// giveWay does nothing: the agent runs on nodes, which run Linux.
+func giveWay() error { return nil }
+
 // newPinReader returns nil: session affinity binds nobody elsewhere.
 func newPinReader() observed.PinReader { return nil }

@@ -88,7 +88,7 @@ func (o *serveOptions) addFlags(fs *pflag.FlagSet) {
 	o.echo.addFlags(fs)
 	fs.DurationVar(&o.grace, "grace", defaultGrace, "how long the rules may differ from what the API wants before that is a finding; longer than kube-proxy needs to follow")
 	fs.DurationVar(&o.interval, "interval", 10*time.Second, "least pause between two readings of counters, which take a five-thousandth of the time at most, but are a minute old at most, and of legacy tables; other changes are read at once")
-	fs.DurationVar(&o.conntrack, "conntrack-interval", leastConntrack, "pause between two looks at the tracked connections, and at whom session affinity binds, of which a fifth is enough after endpoints have gone; they take at most a hundredth of the time; 0 for none")
+	fs.DurationVar(&o.conntrack, "conntrack-interval", leastConntrack, "least pause between two looks at the tracked connections, and at whom session affinity binds, of which a fifth is enough after endpoints have gone; they take at most a hundredth of the time, and far less while nobody asks for the JSON or the page; 0 for none")
 	fs.BoolVar(&o.endpointMetrics, "endpoint-metrics", false, "a metric series for each endpoint: very many on a large cluster")
 	fs.StringVar(&o.logFormat, "log-format", "text", "text or json")
 }
@@ -159,6 +159,9 @@ func serve(ctx context.Context, src source, opts serveOptions, log *slog.Logger)
 		if _, err := reader.Read(ctx); err != nil {
 			return err
 		}
+	}
+	if err := giveWay(); err != nil {
+		log.Warn("other programs have to wait for this one where processors are short", "error", err)
 	}
 	keeper := &snapshot.Keeper{Reader: reader, Node: about, Name: src.name, Backend: backend, Interval: opts.interval, Log: log}
 	if r, ok := reader.(interface{ Moved() bool }); ok {
@@ -235,7 +238,7 @@ func serveOn(ctx context.Context, plain net.Listener, secure *secureListener, ke
 	registry.MustRegister(metrics.New(keeper, version.Text(), endpointMetrics),
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	handler := web.NewHandler(web.Config{
-		Source: keeper, Version: version.Text(), Log: log,
+		Source: keeper, Asked: keeper.Asked, Version: version.Text(), Log: log,
 		Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{EnableOpenMetrics: true, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelError)}),
 	})
 	g, ctx := errgroup.WithContext(ctx)

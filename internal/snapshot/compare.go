@@ -80,10 +80,7 @@ func (k *Keeper) compared(s *Snapshot) {
 	}
 	k.due.Store(&s.API.due)
 	if !s.API.due.IsZero() {
-		select {
-		case k.differs <- struct{}{}:
-		default: // it is known already
-		}
+		k.differs.wake()
 	}
 	for _, l := range latencies {
 		if k.Followed != nil {
@@ -134,7 +131,7 @@ func (k *Keeper) keepConfirmed(ctx context.Context) {
 			select {
 			case <-ctx.Done():
 				return
-			case <-k.differs:
+			case <-k.differs.channel():
 			}
 		}
 		select {
@@ -149,10 +146,7 @@ func (k *Keeper) keepConfirmed(ctx context.Context) {
 		about, asked = due, time.Now()
 		k.API.Confirm(ctx)
 		if !k.API.Status().Confirmed.Before(*due) {
-			select {
-			case k.ripe <- struct{}{}:
-			default: // a reading is about to begin
-			}
+			k.ripe.wake()
 		}
 	}
 }
@@ -161,8 +155,8 @@ func (k *Keeper) keepConfirmed(ctx context.Context) {
 type comparer struct {
 	tracker   reconcile.Tracker
 	due       atomic.Pointer[time.Time] // when the next difference may count; zero for none
-	differs   chan struct{}             // gets a value when there is such a time
-	ripe      chan struct{}             // gets a value when one does, if it is still there
+	differs   signal                    // there is such a time
+	ripe      signal                    // one does, if it is still there
 	comparing time.Duration             // what the last comparison took
 	rechecked time.Time                 // when the API was last looked at because it changed
 	ahead     ahead

@@ -102,7 +102,6 @@ func (k *Keeper) Changes() uint64 { return k.changes.Load() }
 // may count, and at each interval for what the rules have counted.
 func (k *Keeper) Run(ctx context.Context) {
 	k.tracker.Grace = k.Grace
-	k.differs, k.ripe = make(chan struct{}, 1), make(chan struct{}, 1)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	if k.API != nil {
@@ -215,7 +214,7 @@ func (k *Keeper) nap(ctx context.Context, d time.Duration, changed <-chan struct
 		return newsOfAPI
 	case <-k.echoes():
 		return newsOfEcho
-	case <-k.ripe:
+	case <-k.ripe.channel():
 		return newsOfDue
 	case <-ctx.Done():
 	case <-timer.C:
@@ -230,7 +229,7 @@ func (k *Keeper) news(changed <-chan struct{}) news {
 		return newsOfAPI
 	case <-k.echoes():
 		return newsOfEcho
-	case <-k.ripe:
+	case <-k.ripe.channel():
 		return newsOfDue
 	default:
 		return noNews
@@ -349,5 +348,24 @@ func (k *Keeper) Subscribe() (news <-chan struct{}, end func()) {
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		delete(k.waiting, c)
+	}
+}
+
+// signal wakes one goroutine up, at once or when it waits next. The zero value is
+// ready.
+type signal struct {
+	once sync.Once
+	c    chan struct{}
+}
+
+func (s *signal) channel() chan struct{} {
+	s.once.Do(func() { s.c = make(chan struct{}, 1) })
+	return s.c
+}
+
+func (s *signal) wake() {
+	select {
+	case s.channel() <- struct{}{}:
+	default: // it is awake already
 	}
 }

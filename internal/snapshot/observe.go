@@ -53,6 +53,7 @@ func (s *Snapshot) moment(blind bool) observed.Moment {
 
 // observer is what the Keeper keeps for observing.
 type observer struct {
+	asked   signal // somebody reads snapshots
 	counter observed.Counter
 	flows   atomic.Pointer[observed.Flows] // of the last look at conntrack
 	pins    atomic.Pointer[observed.Pins]
@@ -85,17 +86,28 @@ func sameFindings(a, b *observed.Flows) bool {
 const (
 	flowShare    = 100
 	quietShare   = 3000
-	mostFlowRest = 2 * time.Minute
+	mostFlowRest = 5 * time.Minute
 )
 
-// flowRests returns the pause after a look at conntrack that took so long, and how
-// much of it is enough when endpoints may have gone, and then until it is known
-// whether flows to them are in use.
-func (k *Keeper) flowRests(took time.Duration) (whole, soon time.Duration) {
+// flowRests are the pauses after a look at conntrack, from the longest to the
+// shortest.
+type flowRests struct {
+	quiet time.Duration // when nobody waits for the next
+	asked time.Duration // when somebody reads what was seen
+	soon  time.Duration // when endpoints may have gone, and then until it is known whether flows to them are in use
+}
+
+// flowRestsAfter returns those after a look that took so long.
+func (k *Keeper) flowRestsAfter(took time.Duration) flowRests {
 	const soonShare = 5
 	least := flowShare * took
-	return max(k.FlowPause, least, min(quietShare*took, mostFlowRest)), max(k.FlowPause/soonShare, least)
+	asked := max(k.FlowPause, least)
+	return flowRests{quiet: max(asked, min(quietShare*took, mostFlowRest)), asked: asked, soon: max(k.FlowPause/soonShare, least)}
 }
+
+// Asked says that somebody reads snapshots: conntrack, which is looked at rarely
+// while nobody does, will be soon.
+func (k *Keeper) Asked() { k.asked.wake() }
 
 // watchTraffic looks at conntrack, and at whom session affinity binds, again and
 // again until the context ends.
@@ -110,30 +122,37 @@ func (k *Keeper) watchTraffic(ctx context.Context) {
 			k.lookAtFlows(ctx, &watch, s)
 			k.lookAtPins(ctx, &pinner, s)
 		}
-		whole, soon := k.flowRests(time.Since(start))
+		rests := k.flowRestsAfter(time.Since(start))
 		if watch.Pending() {
-			whole = soon
+			rests.quiet = rests.soon
 		}
-		k.restOfTraffic(ctx, s, news, whole, soon)
+		k.restOfTraffic(ctx, s, news, rests)
 	}
 }
 
-// restOfTraffic waits for the whole pause after a look, or only for soon once other
-// Services are published than the look was about.
-func (k *Keeper) restOfTraffic(ctx context.Context, s *Snapshot, news <-chan struct{}, whole, soon time.Duration) {
-	start := time.Now()
-	over := time.NewTimer(whole)
+// restOfTraffic waits for the quiet pause after a look; only for a shorter one once
+// somebody asks, or other Services are published than the look was about.
+func (k *Keeper) restOfTraffic(ctx context.Context, s *Snapshot, news <-chan struct{}, rests flowRests) {
+	start, rest := time.Now(), rests.quiet
+	over := time.NewTimer(rest)
 	defer over.Stop()
 	for {
+		shorter := rest
 		select {
 		case <-ctx.Done():
 			return
 		case <-over.C:
 			return
+		case <-k.asked.channel():
+			shorter = rests.asked
 		case <-news:
 			if k.resolvedAnew(s) {
-				over.Reset(soon - time.Since(start))
+				shorter = rests.soon
 			}
+		}
+		if shorter < rest {
+			rest = shorter
+			over.Reset(rest - time.Since(start))
 		}
 	}
 }

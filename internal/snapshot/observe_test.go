@@ -90,12 +90,12 @@ func TestObservedConnections(t *testing.T) {
 
 // Conntrack is looked at no more often than it may be, however long a look takes.
 func TestFlowPause(t *testing.T) {
-	for takes, want := range map[time.Duration]time.Duration{0: 10 * time.Second, 2 * time.Millisecond: 10 * time.Second, 5 * time.Millisecond: 15 * time.Second, 30 * time.Millisecond: 90 * time.Second, 100 * time.Millisecond: 2 * time.Minute, 2 * time.Second: 202 * time.Second} {
+	for takes, want := range map[time.Duration]time.Duration{0: 10 * time.Second, 2 * time.Millisecond: 10 * time.Second, 5 * time.Millisecond: 15 * time.Second, 30 * time.Millisecond: 90 * time.Second, 200 * time.Millisecond: 5 * time.Minute, 4 * time.Second: 404 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {
 			c := &tracked{takes: takes}
-			watching(t, dump, c, func(*Keeper, *script) { time.Sleep(2 * time.Hour) })
+			watching(t, dump, c, func(*Keeper, *script) { time.Sleep(4 * time.Hour) })
 			if len(c.began) < 30 {
-				t.Fatalf("%d looks in two hours", len(c.began))
+				t.Fatalf("%d looks in four hours", len(c.began))
 			}
 			for i := 1; i < len(c.began)-1; i++ {
 				if pause := c.began[i+1].Sub(c.began[i]); pause < want || pause > want+time.Second {
@@ -104,6 +104,30 @@ func TestFlowPause(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Who asks for what was seen is soon shown something newer than minutes, for the
+// part of the time that a look may take.
+func TestFlowsAsked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := &tracked{takes: 200 * time.Millisecond}
+		watching(t, dump, c, func(k *Keeper, _ *script) {
+			time.Sleep(10 * time.Minute) // looks at 0 and 5 minutes, and so on
+			synctest.Wait()
+			quiet := len(c.began)
+			if quiet > 3 {
+				t.Errorf("%d looks in ten minutes that nobody asked for", quiet)
+			}
+			for range 60 {
+				k.Asked()
+				time.Sleep(time.Second)
+			}
+			synctest.Wait()
+			if got := len(c.began) - quiet; got < 2 || got > 4 {
+				t.Errorf("%d looks in a minute of questions, want one each 20 s", got)
+			}
+		})
+	})
 }
 
 // A flow in use to what is gone is told of within the grace period and another pause

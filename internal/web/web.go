@@ -38,6 +38,7 @@ type Source interface {
 // Config is what a handler serves.
 type Config struct {
 	Source  Source
+	Asked   func() // called when somebody has asked for a snapshot; nil for nobody to tell
 	Metrics http.Handler
 	Version string
 	Log     *slog.Logger
@@ -135,6 +136,9 @@ func (s *server) snapshot(next func(http.ResponseWriter, *http.Request, *snapsho
 			w.Header().Set("Retry-After", "1")
 			fail(w, http.StatusServiceUnavailable, "the node's rules have not been read yet; the agent's log says why")
 			return
+		}
+		if s.Asked != nil {
+			s.Asked()
 		}
 		next(w, r, snap)
 	}
