@@ -198,8 +198,9 @@ var faultList = []fault{
 			_, err := f.Kubectl(h.ctx, "-n", "faults", "delete", "endpointslice", "hole", "--ignore-not-found")
 			return err
 		},
-		// Three connections in a row, of those that chance sends there.
-		takes: 30 * time.Second,
+		// Three connections, of those that chance sends there, one in four, ten seconds
+		// apart: half a minute is mostly enough, but not always.
+		takes: time.Minute,
 	},
 	{
 		what: "a UDP flow left on a pod that is gone",
