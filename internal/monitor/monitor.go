@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/natlens/natlens/internal/desired"
+	"github.com/natlens/natlens/internal/signal"
 	"github.com/natlens/natlens/pkg/chain"
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -70,8 +71,8 @@ type Monitor struct {
 	news       uint64
 	atOnce     int
 	state      atomic.Pointer[State]
-	changed    signal
-	wake       signal // the schedule has changed
+	changed    signal.Signal
+	wake       signal.Signal // the schedule has changed
 
 	// probe is a prober's, but in tests.
 	probe func(ctx context.Context, to netip.AddrPort, knows func(netip.AddrPort) bool, listen bool) sample
@@ -87,24 +88,6 @@ func (k key) compare(o key) int {
 	return cmp.Or(k.service.Compare(o.service), k.front.Compare(o.front))
 }
 
-// signal is a channel that holds at most one value.
-type signal struct {
-	once sync.Once
-	c    chan struct{}
-}
-
-func (s *signal) channel() chan struct{} {
-	s.once.Do(func() { s.c = make(chan struct{}, 1) })
-	return s.c
-}
-
-func (s *signal) tell() {
-	select {
-	case s.channel() <- struct{}{}:
-	default: // the last one has not been taken yet
-	}
-}
-
 // State returns what probes have told so far; it is never nil.
 func (m *Monitor) State() *State {
 	if s := m.state.Load(); s != nil {
@@ -114,7 +97,7 @@ func (m *Monitor) State() *State {
 }
 
 // Changed gets a value after each probe.
-func (m *Monitor) Changed() <-chan struct{} { return m.changed.channel() }
+func (m *Monitor) Changed() <-chan struct{} { return m.changed.C() }
 
 // See takes in what a reading of the rules found, which began at a time. Each good
 // reading is to be told.
@@ -166,7 +149,7 @@ func (m *Monitor) choose(now time.Time) {
 		watches[k] = w
 	}
 	m.watches = watches
-	m.wake.tell()
+	m.wake.Wake()
 }
 
 // probeable reports whether a frontend is of the kind that is probed.
@@ -251,7 +234,7 @@ func (m *Monitor) Run(ctx context.Context) {
 			timer.Stop()
 			return
 		case <-timer.C:
-		case <-m.wake.channel():
+		case <-m.wake.C():
 			timer.Stop()
 		}
 	}
@@ -300,13 +283,13 @@ func (m *Monitor) connect(ctx context.Context, w *watch, r *route, listen bool) 
 	defer m.mu.Unlock()
 	m.atOnce--
 	w.inFlight = false
-	m.wake.tell()
+	m.wake.Wake()
 	if ctx.Err() != nil { // it ended the probe
 		return
 	}
 	w.add(s)
 	m.publish()
-	m.changed.tell()
+	m.changed.Wake()
 }
 
 func (m *Monitor) prober() func(context.Context, netip.AddrPort, func(netip.AddrPort) bool, bool) sample {

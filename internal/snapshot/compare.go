@@ -9,6 +9,7 @@ import (
 
 	"github.com/natlens/natlens/internal/desired"
 	"github.com/natlens/natlens/internal/reconcile"
+	"github.com/natlens/natlens/internal/signal"
 	"github.com/natlens/natlens/pkg/chain"
 )
 
@@ -80,7 +81,7 @@ func (k *Keeper) compared(s *Snapshot) {
 	}
 	k.due.Store(&s.API.due)
 	if !s.API.due.IsZero() {
-		k.differs.wake()
+		k.differs.Wake()
 	}
 	for _, l := range latencies {
 		if k.Followed != nil {
@@ -131,7 +132,7 @@ func (k *Keeper) keepConfirmed(ctx context.Context) {
 			select {
 			case <-ctx.Done():
 				return
-			case <-k.differs.channel():
+			case <-k.differs.C():
 			}
 		}
 		select {
@@ -146,7 +147,7 @@ func (k *Keeper) keepConfirmed(ctx context.Context) {
 		about, asked = due, time.Now()
 		k.API.Confirm(ctx)
 		if !k.API.Status().Confirmed.Before(*due) {
-			k.ripe.wake()
+			k.ripe.Wake()
 		}
 	}
 }
@@ -155,8 +156,8 @@ func (k *Keeper) keepConfirmed(ctx context.Context) {
 type comparer struct {
 	tracker   reconcile.Tracker
 	due       atomic.Pointer[time.Time] // when the next difference may count; zero for none
-	differs   signal                    // there is such a time
-	ripe      signal                    // one does, if it is still there
+	differs   signal.Signal             // there is such a time
+	ripe      signal.Signal             // one does, if it is still there
 	comparing time.Duration             // what the last comparison took
 	rechecked time.Time                 // when the API was last looked at because it changed
 	ahead     ahead

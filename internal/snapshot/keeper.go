@@ -214,7 +214,7 @@ func (k *Keeper) nap(ctx context.Context, d time.Duration, changed <-chan struct
 		return newsOfAPI
 	case <-k.echoes():
 		return newsOfEcho
-	case <-k.ripe.channel():
+	case <-k.ripe.C():
 		return newsOfDue
 	case <-ctx.Done():
 	case <-timer.C:
@@ -229,7 +229,7 @@ func (k *Keeper) news(changed <-chan struct{}) news {
 		return newsOfAPI
 	case <-k.echoes():
 		return newsOfEcho
-	case <-k.ripe.channel():
+	case <-k.ripe.C():
 		return newsOfDue
 	default:
 		return noNews
@@ -348,24 +348,5 @@ func (k *Keeper) Subscribe() (news <-chan struct{}, end func()) {
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		delete(k.waiting, c)
-	}
-}
-
-// signal wakes one goroutine up, at once or when it waits next. The zero value is
-// ready.
-type signal struct {
-	once sync.Once
-	c    chan struct{}
-}
-
-func (s *signal) channel() chan struct{} {
-	s.once.Do(func() { s.c = make(chan struct{}, 1) })
-	return s.c
-}
-
-func (s *signal) wake() {
-	select {
-	case s.channel() <- struct{}{}:
-	default: // it is awake already
 	}
 }

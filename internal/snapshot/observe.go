@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/natlens/natlens/internal/observed"
+	"github.com/natlens/natlens/internal/signal"
 	"github.com/natlens/natlens/pkg/chain"
 	"github.com/natlens/natlens/pkg/conntrack"
 )
@@ -53,7 +54,7 @@ func (s *Snapshot) moment(blind bool) observed.Moment {
 
 // observer is what the Keeper keeps for observing.
 type observer struct {
-	asked   signal // somebody reads snapshots
+	asked   signal.Signal // somebody reads snapshots
 	counter observed.Counter
 	flows   atomic.Pointer[observed.Flows] // of the last look at conntrack
 	pins    atomic.Pointer[observed.Pins]
@@ -107,7 +108,7 @@ func (k *Keeper) flowRestsAfter(took time.Duration) flowRests {
 
 // Asked says that somebody reads snapshots: conntrack, which is looked at rarely
 // while nobody does, will be soon.
-func (k *Keeper) Asked() { k.asked.wake() }
+func (k *Keeper) Asked() { k.asked.Wake() }
 
 // watchTraffic looks at conntrack, and at whom session affinity binds, again and
 // again until the context ends.
@@ -143,7 +144,7 @@ func (k *Keeper) restOfTraffic(ctx context.Context, s *Snapshot, news <-chan str
 			return
 		case <-over.C:
 			return
-		case <-k.asked.channel():
+		case <-k.asked.C():
 			shorter = rests.asked
 		case <-news:
 			if k.resolvedAnew(s) {
