@@ -24,6 +24,7 @@ import (
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/natlens/natlens/internal/desired"
+	"github.com/natlens/natlens/internal/signal"
 )
 
 // Watch keeps objects as the API has them.
@@ -32,7 +33,7 @@ type Watch struct {
 	node    string
 	core    rest.Interface
 	kinds   []*kind
-	changed chan struct{}
+	changed signal.Signal
 }
 
 // kind is one kind of objects, being watched.
@@ -60,9 +61,9 @@ func New(config *rest.Config, nodeName string, log *slog.Logger) (*Watch, error)
 	if err != nil {
 		return nil, err
 	}
-	w := &Watch{objects: desired.NewObjects(nodeName), node: nodeName, core: core, changed: make(chan struct{}, 1)}
+	w := &Watch{objects: desired.NewObjects(nodeName), node: nodeName, core: core}
 	add := func(name string, client rest.Interface, object runtime.Object, s store, narrow func(*metav1.ListOptions)) {
-		k := &kind{name: name, object: object, tell: w.tell, complain: complainer(log, name)}
+		k := &kind{name: name, object: object, tell: w.changed.Wake, complain: complainer(log, name)}
 		s.watch, s.kind = w, k
 		k.store = s
 		k.lister = k.listWatch(cache.NewFilteredListWatchFromClient(client, name, metav1.NamespaceAll, narrow))
@@ -127,14 +128,7 @@ func without(names ...string) func(*metav1.ListOptions) {
 }
 
 // Changed gets a value after objects have changed, or the status has.
-func (w *Watch) Changed() <-chan struct{} { return w.changed }
-
-func (w *Watch) tell() {
-	select {
-	case w.changed <- struct{}{}:
-	default: // the last change has not been seen yet
-	}
-}
+func (w *Watch) Changed() <-chan struct{} { return w.changed.C() }
 
 // Run lists and watches until the context ends, and again when that fails.
 func (w *Watch) Run(ctx context.Context) {
@@ -325,7 +319,7 @@ func (s store) alive(changed bool) error {
 	s.kind.confirmed = time.Now()
 	s.kind.mu.Unlock()
 	if changed {
-		s.watch.tell()
+		s.watch.changed.Wake()
 	}
 	return nil
 }

@@ -12,7 +12,9 @@ type Signal struct {
 }
 
 // C returns the channel that the goroutine is to receive from.
-func (s *Signal) C() chan struct{} {
+func (s *Signal) C() <-chan struct{} { return s.channel() }
+
+func (s *Signal) channel() chan struct{} {
 	s.once.Do(func() { s.c = make(chan struct{}, 1) })
 	return s.c
 }
@@ -20,7 +22,7 @@ func (s *Signal) C() chan struct{} {
 // Wake wakes it.
 func (s *Signal) Wake() {
 	select {
-	case s.C() <- struct{}{}:
+	case s.channel() <- struct{}{}:
 	default: // it has not taken the last one yet
 	}
 }

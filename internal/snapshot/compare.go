@@ -124,11 +124,10 @@ const (
 // keepConfirmed asks the API for a sign of life when a difference has lasted so
 // long that it may count, and then has the rules read, which may not have moved.
 func (k *Keeper) keepConfirmed(ctx context.Context) {
-	var asked time.Time
-	var about *time.Time
+	var asked, about time.Time
 	for {
 		// A ticker would wake up for nothing most of the time.
-		if due := k.due.Load(); due == nil || due.IsZero() {
+		if k.dueAt().IsZero() {
 			select {
 			case <-ctx.Done():
 				return
@@ -140,13 +139,13 @@ func (k *Keeper) keepConfirmed(ctx context.Context) {
 			return
 		case <-time.After(dueStep):
 		}
-		due := k.due.Load()
-		if due == nil || due.IsZero() || time.Now().Before(*due) || about != nil && due.Equal(*about) && time.Since(asked) < confirmPause {
+		due := k.dueAt()
+		if due.IsZero() || time.Now().Before(due) || due.Equal(about) && time.Since(asked) < confirmPause {
 			continue
 		}
 		about, asked = due, time.Now()
 		k.API.Confirm(ctx)
-		if !k.API.Status().Confirmed.Before(*due) {
+		if !k.API.Status().Confirmed.Before(due) {
 			k.ripe.Wake()
 		}
 	}
@@ -161,6 +160,14 @@ type comparer struct {
 	comparing time.Duration             // what the last comparison took
 	rechecked time.Time                 // when the API was last looked at because it changed
 	ahead     ahead
+}
+
+// dueAt returns when the next difference may count; zero for none.
+func (c *comparer) dueAt() time.Time {
+	if due := c.due.Load(); due != nil {
+		return *due
+	}
+	return time.Time{}
 }
 
 // ahead are the chains whose rules should change soon, since the API has changed

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/natlens/natlens/internal/observed"
+	"github.com/natlens/natlens/internal/signal"
 	"github.com/natlens/natlens/pkg/chain"
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -62,7 +63,7 @@ type Keeper struct {
 	foundAt time.Time // when a reading last found others than the one before
 
 	mu      sync.Mutex
-	waiting map[chan struct{}]bool
+	waiting map[*signal.Signal]bool
 }
 
 // busyShare bounds the part of the time that is spent reading: the pause after
@@ -326,27 +327,24 @@ func (k *Keeper) publish(s *Snapshot, news bool) {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for c := range k.waiting {
-		select {
-		case c <- struct{}{}:
-		default: // it has not taken the last news yet
-		}
+	for who := range k.waiting {
+		who.Wake()
 	}
 }
 
 // Subscribe returns a channel that gets a value after each snapshot that says
 // something new, and a function to end it.
 func (k *Keeper) Subscribe() (news <-chan struct{}, end func()) {
-	c := make(chan struct{}, 1)
+	who := &signal.Signal{}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.waiting == nil {
-		k.waiting = map[chan struct{}]bool{}
+		k.waiting = map[*signal.Signal]bool{}
 	}
-	k.waiting[c] = true
-	return c, func() {
+	k.waiting[who] = true
+	return who.C(), func() {
 		k.mu.Lock()
 		defer k.mu.Unlock()
-		delete(k.waiting, c)
+		delete(k.waiting, who)
 	}
 }

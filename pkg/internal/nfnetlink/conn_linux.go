@@ -298,13 +298,8 @@ func (c *Conn) write() error {
 // receive returns the next messages. read(2) instead of recvmsg(2) saves making
 // an address for each; the kernel cuts no dump part that fits the buffer.
 func (c *Conn) receive() ([]byte, error) {
-	if c.brief { // the answer is there already
-		if n, err := briefly(unix.SYS_RECVFROM, c.fd, c.buf, unix.MSG_DONTWAIT); err == nil {
-			return c.buf[:n], nil
-		}
-	}
 	for {
-		n, err := unix.Read(c.fd, c.buf)
+		n, err := c.read()
 		switch {
 		case err == nil && n == len(c.buf):
 			return nil, errors.New("netlink: a message longer than any of nf_tables")
@@ -316,6 +311,15 @@ func (c *Conn) receive() ([]byte, error) {
 			return nil, fmt.Errorf("reading from netlink: %w", err)
 		}
 	}
+}
+
+func (c *Conn) read() (n int, err error) {
+	if c.brief { // the answer is mostly there already
+		if n, err := briefly(unix.SYS_RECVFROM, c.fd, c.buf, unix.MSG_DONTWAIT); err == nil {
+			return n, nil
+		}
+	}
+	return unix.Read(c.fd, c.buf)
 }
 
 // briefly makes a system call on a socket of which the runtime is not told: after a
