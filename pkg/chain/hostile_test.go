@@ -131,6 +131,7 @@ COMMIT
 func FuzzWalk(f *testing.F) {
 	f.Add(baseNAT + "-A PREROUTING\n-A OUTPUT -j KUBE-X\nCOMMIT\n")
 	f.Add(baseNAT + ":A - [0:0]\n:B - [0:0]\n-A PREROUTING -m statistic --mode random --probability 0.5 -j A\n-A A -g B\n-A B -m set --match-set x src -j A\n-A PREROUTING -p tcp -j DNAT --to-destination :80\nCOMMIT\n")
+	f.Add(unreferenced + "COMMIT\n")
 	f.Fuzz(func(t *testing.T, text string) {
 		rs, err := iptables.Parse(strings.NewReader(text), "fuzz")
 		if err != nil {
@@ -154,4 +155,46 @@ func FuzzWalk(f *testing.F) {
 			}
 		}
 	})
+}
+
+// unreferenced has a Service that no rule leads to.
+const unreferenced = baseNAT + `:KUBE-SERVICES - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-SVC-AAAAAAAAAAAAAAAA - [0:0]
+:KUBE-SEP-AAAAAAAAAAAAAAAA - [0:0]
+:OTHER - [0:0]
+-A PREROUTING -j KUBE-SERVICES
+-A KUBE-SERVICES -d 10.0.0.2/32 -p tcp -m tcp --dport 80 -j KUBE-MARK-MASQ
+-A KUBE-SVC-AAAAAAAAAAAAAAAA -m comment --comment "ns/a -> 10.1.1.1:80" -j KUBE-SEP-AAAAAAAAAAAAAAAA
+-A KUBE-SEP-AAAAAAAAAAAAAAAA -p tcp -m tcp -j DNAT --to-destination 10.1.1.1:80
+`
+
+// What an unknown target does nobody knows: it may lead to any chain, and its text
+// is not the number of one.
+func TestUnknownTargetBesideUnreferenced(t *testing.T) {
+	for name, c := range map[string]struct {
+		rules string
+		want  bool
+	}{
+		"none": {"", true},
+		"one":  {`-A OTHER -m comment --comment "` + strings.Repeat("long ", 40) + "\" -j WHATEVER --to \"somewhere\"\n", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rs, err := iptables.Parse(strings.NewReader(unreferenced+c.rules+"COMMIT\n"), "test")
+			if err != nil {
+				t.Fatal(err)
+			}
+			found := false
+			p := chain.NewView(rs, chain.Node{}).Services()
+			for _, s := range p.Services {
+				found = found || len(s.Findings) > 0
+			}
+			for _, f := range p.Findings {
+				found = found || f.Code == chain.RulesMissing && strings.Contains(f.Message, "KUBE-SVC-AAAAAAAAAAAAAAAA")
+			}
+			if found != c.want {
+				t.Errorf("a chain that no rule leads to is told of: %v, want %v", found, c.want)
+			}
+		})
+	}
 }

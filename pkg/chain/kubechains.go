@@ -197,8 +197,11 @@ func unreferenced(owners *owners, t *netfilter.Table) {
 	for _, c := range t.Chains() {
 		for i := range c.Len() {
 			if rule := c.Rule(i); len(rule) > 0 {
-				if e := rule[len(rule)-1]; e.Kind == netfilter.Jump || e.Kind == netfilter.Goto || e.Kind == netfilter.UnknownTarget {
+				switch e := rule[len(rule)-1]; e.Kind {
+				case netfilter.Jump, netfilter.Goto:
 					used[e.A] = true
+				case netfilter.UnknownTarget: // it may lead anywhere
+					return
 				}
 			}
 		}
