@@ -132,7 +132,7 @@ func lines(rs *netfilter.Ruleset) map[string][]string {
 	out := map[string][]string{}
 	for _, t := range rs.Tables {
 		var chains, rules []string
-		for _, c := range t.Chains() {
+		for c := range t.Chains() {
 			if c.Base == nil {
 				chains = append(chains, ":"+c.Name)
 			}

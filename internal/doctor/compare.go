@@ -122,7 +122,7 @@ func isForeign(t *netfilter.Table) bool {
 }
 
 func tableOf(t *netfilter.Table) Table {
-	return Table{Family: t.Family.String(), Name: t.Name, Backend: string(t.Backend), Chains: len(t.Chains()), Rules: t.RuleCount()}
+	return Table{Family: t.Family.String(), Name: t.Name, Backend: string(t.Backend), Chains: t.ChainCount(), Rules: t.RuleCount()}
 }
 
 func find(rs *netfilter.Ruleset, t *netfilter.Table) *netfilter.Table {
@@ -135,9 +135,12 @@ func find(rs *netfilter.Ruleset, t *netfilter.Table) *netfilter.Table {
 // emptyTable reports whether a table has neither rules nor chains of its own,
 // nor a policy that does anything.
 func emptyTable(t *netfilter.Table) bool {
-	return !slices.ContainsFunc(t.Chains(), func(c *netfilter.Chain) bool {
-		return c.Len() > 0 || c.Base == nil || c.Base.Policy != netfilter.Accept
-	})
+	for c := range t.Chains() {
+		if c.Len() > 0 || c.Base == nil || c.Base.Policy != netfilter.Accept {
+			return false
+		}
+	}
+	return true
 }
 
 // compareTables returns the first difference of each chain.
@@ -146,7 +149,7 @@ func compareTables(direct, other *netfilter.Table) []Difference {
 	differ := func(c *netfilter.Chain, i int, a, b string) {
 		out = append(out, Difference{Table: direct.Name, Family: direct.Family.String(), Chain: c.Name, Rule: i, Direct: a, Other: b})
 	}
-	for _, c := range direct.Chains() {
+	for c := range direct.Chains() {
 		twin := other.Lookup(c.Name)
 		switch {
 		case twin == nil && (c.Base == nil || c.Len() > 0):
@@ -165,7 +168,7 @@ func compareTables(direct, other *netfilter.Table) []Difference {
 			}
 		}
 	}
-	for _, c := range other.Chains() {
+	for c := range other.Chains() {
 		if direct.Lookup(c.Name) == nil && (c.Base == nil || c.Len() > 0) {
 			differ(c, 0, "", "chain "+c.Name)
 		}
@@ -196,7 +199,7 @@ func ruleText(t *netfilter.Table, c *netfilter.Chain, i int) string {
 
 // undecoded notes the matches and targets of a table that are known by name only.
 func (r *Report) undecoded(t *netfilter.Table) {
-	for _, c := range t.Chains() {
+	for c := range t.Chains() {
 		for i := range c.Len() {
 			for _, e := range c.Rule(i) {
 				if e.Kind != netfilter.Unknown && e.Kind != netfilter.UnknownTarget {

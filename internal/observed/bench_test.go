@@ -23,7 +23,7 @@ func BenchmarkCounter(b *testing.B) {
 		b.Fatal(err)
 	}
 	for _, t := range rs.Tables { // as if it had counters
-		for _, c := range t.Chains() {
+		for c := range t.Chains() {
 			t.Recount(c.ID, make([]netfilter.Counter, c.Len()), netfilter.Counter{})
 		}
 	}

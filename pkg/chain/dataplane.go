@@ -25,7 +25,7 @@ var TellingLinks = []string{linkAntrea, linkCalico, linkCilium, linkKubeRouter, 
 func (f *finder) nothing() {
 	has := func(match func(name string) bool) bool {
 		for _, t := range f.view.rules.Tables {
-			for _, c := range t.Chains() {
+			for c := range t.Chains() {
 				if match(c.Name) {
 					return true
 				}

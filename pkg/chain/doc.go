@@ -4,7 +4,8 @@
 // The way of the data:
 //
 //  1. NewView prepares a ruleset: base chains by hook and priority, an index
-//     for long chains, and an address that stands for each source class.
+//     for long chains, what short ones come to that only send to one address
+//     (leaf.go), and an address that stands for each source class.
 //  2. A run (walk.go) sends the first packet of a connection through the hooks
 //     as the kernel does: raw, then nat until one chain has decided on an
 //     address, then the filters on the rewritten packet, then nat for the

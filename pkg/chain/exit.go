@@ -74,7 +74,11 @@ func (r *run) leave(s *state) {
 	}
 	p := &r.packet
 	k := exitKey{p.Source, p.In, r.class, p.Protocol, p.FromHost, s.flags, s.mark, s.connMark}
-	known := r.exits[k]
+	known := r.lastExits
+	if k != r.lastKey {
+		known = r.exits[k]
+		r.lastKey, r.lastExits = k, known
+	}
 	for _, x := range known {
 		if x.holds(r, s) {
 			r.follow(x, s)
@@ -97,7 +101,8 @@ func (r *run) leave(s *state) {
 	if len(r.exits) >= mostExitKeys {
 		clear(r.exits)
 	}
-	r.exits[k] = append(known, x)
+	r.lastExits = append(known, x)
+	r.exits[k] = r.lastExits
 }
 
 // holds reports whether a state takes the exit.
@@ -127,7 +132,7 @@ func (q *question) sameFor(r *run, s *state) bool {
 func (r *run) follow(x *exit, s *state) {
 	for i := range x.entered {
 		r.tracks.enter(x.entered[i].at)
-		if x.entered[i].long {
+		if x.entered[i].long && (x.end.verdict != DNAT || s.has(unresolvedTo)) { // a trail has the endpoints anyway
 			r.tracks.reach(s.to)
 		}
 	}

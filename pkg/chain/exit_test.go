@@ -66,7 +66,10 @@ func TestExits(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				remembered += compareExits(t, rs)
+				known, _ := shortcuts(t, rs)
+				for _, list := range known.run.exits {
+					remembered += len(list)
+				}
 			})
 			tested++
 		}
@@ -83,30 +86,41 @@ func ahead(text, rules string) string {
 	return text[:at] + ":FOREIGN - [0:0]\n" + rules + "\n" + text[at:]
 }
 
-// compareExits returns how many exits the walks remembered.
-func compareExits(t *testing.T, rs *netfilter.Ruleset) (n int) {
+// shortcuts resolves all frontends three times: as Services does, without
+// remembering exits, and without leaves, too.
+func shortcuts(t *testing.T, rs *netfilter.Ruleset) (known, whole *resolver) {
 	t.Helper()
-	v := NewView(rs, Node{Local: []netip.Addr{netip.MustParseAddr("10.146.0.2")}})
-	known := &resolver{view: v, run: run{splits: splits{}, exits: exits{}, tracks: v.newTracks()}}
-	whole := &resolver{view: v, run: run{splits: splits{}, tracks: v.newTracks()}}
-	a, b := v.discover().entries, v.discover().entries
+	view := func() *View { return NewView(rs, Node{Local: []netip.Addr{netip.MustParseAddr("10.146.0.2")}}) }
+	v, bare := view(), view()
+	for _, fv := range bare.family {
+		if fv != nil {
+			for _, tv := range fv.tables {
+				clear(tv.leaves)
+			}
+		}
+	}
+	known = &resolver{view: v, run: run{splits: splits{}, exits: exits{}, tracks: v.newTracks()}}
+	whole = &resolver{view: v, run: run{splits: splits{}, tracks: v.newTracks()}}
+	plain := &resolver{view: bare, run: run{splits: splits{}, tracks: bare.newTracks()}}
+	a, b, c := v.discover().entries, v.discover().entries, bare.discover().entries
 	if len(a) == 0 {
 		t.Fatal("no frontends")
 	}
 	for i := range a {
 		known.resolve(a[i])
 		whole.resolve(b[i])
-		if got, want := result(a[i]), result(b[i]); got != want {
-			t.Fatalf("%v by known exits:\n%s\nto the end:\n%s", a[i].front, got, want)
-		}
-		if !reflect.DeepEqual(a[i].facts, b[i].facts) {
-			t.Fatalf("%v by known exits: %+v\nto the end: %+v", a[i].front, a[i].facts, b[i].facts)
+		plain.resolve(c[i])
+		want := result(c[i])
+		for name, e := range map[string]*entry{"exits": a[i], "leaves": b[i]} {
+			if got := result(e); got != want {
+				t.Fatalf("%v by known %s:\n%s\nrule by rule:\n%s", e.front, name, got, want)
+			}
+			if !reflect.DeepEqual(e.facts, c[i].facts) {
+				t.Fatalf("%v by known %s: %+v\nrule by rule: %+v", e.front, name, e.facts, c[i].facts)
+			}
 		}
 	}
-	for _, list := range known.run.exits {
-		n += len(list)
-	}
-	return n
+	return known, whole
 }
 
 // result tells all of an entry that a walk makes, but for facts.

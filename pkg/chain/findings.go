@@ -64,6 +64,11 @@ type facts struct {
 	broken    []RuleRef
 }
 
+// none reports whether nothing odd was seen.
+func (f *facts) none() bool {
+	return len(f.fell)+len(f.bypassed)+len(f.untracked)+len(f.dropped)+len(f.broken) == 0 && !f.unmarked
+}
+
 // fall is a share that passed a Service's chains without an endpoint.
 type fall struct {
 	classes []Class
@@ -211,6 +216,15 @@ func (e *entry) dispatch() []RuleRef {
 
 // frontend judges the routes of one frontend.
 func (f *finder) frontend(e *entry, missing map[Class]bool) {
+	var odd []Route
+	for i := range e.routes {
+		if r := &e.routes[i]; len(r.Unknown) > 0 || unevenness(r.Endpoints) != nil {
+			odd = append(odd, *r)
+		}
+	}
+	if len(odd) == 0 && e.facts.none() {
+		return
+	}
 	name := e.front.String()
 	f.about = name
 	for _, l := range e.facts.fell {
@@ -220,7 +234,7 @@ func (f *finder) frontend(e *entry, missing map[Class]bool) {
 				name, percent(l.share.Float64()), classTexts(l.classes)+inSources(l.sources), targetName(e))
 		}
 	}
-	for _, r := range likeRoutes(e.routes) {
+	for _, r := range likeRoutes(odd) {
 		f.shares(name, e, r)
 		if len(r.Unknown) > 0 {
 			f.add(UnknownMatch, Warning, r.Unknown, "%s: where connections from %s go depends on a rule that cannot be decided", name, classTexts(r.From)+inSources(r.Sources))
@@ -301,25 +315,41 @@ func inSources(list []netip.Prefix) string {
 
 // shares judges whether the endpoints of a route get equal shares.
 func (f *finder) shares(name string, e *entry, r Route) {
-	if len(r.Endpoints) < 2 || len(r.Unknown) > 0 {
-		return
-	}
-	low, high, sum := r.Endpoints[0], r.Endpoints[0], 0.0
-	for _, ep := range r.Endpoints {
-		if ep.Share.Cmp(low.Share) < 0 {
-			low = ep
-		}
-		if ep.Share.Cmp(high.Share) > 0 {
-			high = ep
-		}
-		sum += ep.Share.Float64()
-	}
-	mean := sum / float64(len(r.Endpoints))
-	if high.Share.Float64()-mean < tolerance && mean-low.Share.Float64() < tolerance {
+	u := unevenness(r.Endpoints)
+	if u == nil || len(r.Unknown) > 0 {
 		return
 	}
 	f.add(SharesUneven, Warning, e.dispatch(), "%s: of new connections from %s, %s gets %s and %s gets %s, where each of %d should get %s",
-		name, classTexts(r.From)+inSources(r.Sources), high.Address, percent(high.Share.Float64()), low.Address, percent(low.Share.Float64()), len(r.Endpoints), percent(mean))
+		name, classTexts(r.From)+inSources(r.Sources), u.high.Address, percent(u.high.Share.Float64()), u.low.Address, percent(u.low.Share.Float64()), len(r.Endpoints), percent(u.mean))
+}
+
+// uneven are endpoints with the least and the greatest share.
+type uneven struct {
+	low, high *Endpoint
+	mean      float64
+}
+
+// unevenness returns nil when all endpoints have the same share.
+func unevenness(endpoints []Endpoint) *uneven {
+	if len(endpoints) < 2 {
+		return nil
+	}
+	u := uneven{low: &endpoints[0], high: &endpoints[0]}
+	for i := range endpoints {
+		ep := &endpoints[i]
+		if ep.Share.Cmp(u.low.Share) < 0 {
+			u.low = ep
+		}
+		if ep.Share.Cmp(u.high.Share) > 0 {
+			u.high = ep
+		}
+		u.mean += ep.Share.Float64()
+	}
+	u.mean /= float64(len(endpoints))
+	if u.high.Share.Float64()-u.mean < tolerance && u.mean-u.low.Share.Float64() < tolerance {
+		return nil
+	}
+	return &u
 }
 
 // unreadable reports tables that could not be read, and parts that are missing
@@ -451,7 +481,7 @@ func (f *finder) hooks() {
 func leads(t *netfilter.Table, h netfilter.Hook, to *netfilter.Chain) bool {
 	seen := make([]bool, t.NameCount())
 	var queue []*netfilter.Chain
-	for _, c := range t.Chains() {
+	for c := range t.Chains() {
 		if c.Base != nil && c.Base.Hook == h {
 			queue = append(queue, c)
 		}

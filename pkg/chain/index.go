@@ -21,6 +21,10 @@ type index struct {
 	first map[key]int32 // first rule under the key
 	next  []int32       // next rule in the same list, -1 at its end
 	wild  int32
+	wide  bool // some rule asks for a port and no address
+	// ports has a bit for every port that a rule asks for: most that behind nat
+	// are none of a Service's, which it tells without a look into first.
+	ports *[1 << 16 / 64]uint64
 }
 
 // key is what a rule asks for: zero address for any.
@@ -34,18 +38,23 @@ func newIndex(c *netfilter.Chain) *index {
 	if c.Len() < indexFrom {
 		return nil
 	}
-	x := &index{first: make(map[key]int32, c.Len()), next: make([]int32, c.Len()), wild: -1}
+	x := &index{next: make([]int32, c.Len()), wild: -1}
 	for i := c.Len() - 1; i >= 0; i-- {
 		k, ok := keyOf(c, c.Rule(i))
 		if !ok {
 			x.next[i], x.wild = x.wild, int32(i)
 			continue
 		}
+		if x.first == nil {
+			x.first, x.ports = make(map[key]int32, i+1), new([1 << 16 / 64]uint64)
+		}
+		x.ports[k.port/64] |= 1 << (k.port % 64)
 		x.next[i] = -1
 		if n, ok := x.first[k]; ok {
 			x.next[i] = n
 		}
 		x.first[k] = int32(i)
+		x.wide = x.wide || !k.addr.IsValid()
 	}
 	return x
 }
@@ -84,14 +93,24 @@ func (x *index) rules(c *netfilter.Chain, dst netip.Addr, p netfilter.Protocol, 
 	if x == nil {
 		return cursor{n: int32(c.Len())}
 	}
-	return cursor{
-		next: x.next, a: x.head(key{dst, port, p}), b: x.head(key{port: port, protocol: p}), c: x.wild,
+	u := cursor{next: x.next, a: -1, b: -1, c: x.wild}
+	if x.asks(port) {
+		u.a = x.head(key{dst, port, p})
+		if x.wide {
+			u.b = x.head(key{port: port, protocol: p})
+		}
 	}
+	return u
+}
+
+// asks reports whether any rule asks for a port.
+func (x *index) asks(port uint16) bool {
+	return x.ports != nil && x.ports[port/64]&(1<<(port%64)) != 0
 }
 
 // has reports whether any rule asks for the destination.
 func (x *index) has(to netip.AddrPort, p netfilter.Protocol) bool {
-	return x.head(key{to.Addr(), to.Port(), p}) >= 0 || x.head(key{port: to.Port(), protocol: p}) >= 0
+	return x.asks(to.Port()) && (x.head(key{to.Addr(), to.Port(), p}) >= 0 || x.wide && x.head(key{port: to.Port(), protocol: p}) >= 0)
 }
 
 func (x *index) head(k key) int32 {

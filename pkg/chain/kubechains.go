@@ -3,6 +3,7 @@ package chain
 import (
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"github.com/natlens/natlens/pkg/netfilter"
 )
@@ -69,6 +70,7 @@ type owners struct {
 	entries    []*entry
 	byHash     map[string]*Service // made when first needed, as most often nothing is found
 	endpoints  map[string]*Service // by the name of a KUBE-SEP chain; the same
+	leaves     []leaf              // of the table at hand
 	asked      int
 	probing    bool // only asked is wanted
 }
@@ -128,29 +130,32 @@ func (v *View) scanChains(owners *owners, last *Programmed, known *changes) {
 		if t.Lookup("KUBE-NODE-PORT") != nil {
 			continue // ipvs mode, which writes other rules into chains of the same names
 		}
-		for _, c := range suspects(t, func(c *netfilter.Chain) bool {
+		owners.leaves = v.of(t.Family).tables[t].leaves
+		chains := slices.AppendSeq(make([]*netfilter.Chain, 0, t.ChainCount()), t.Chains())
+		for _, c := range suspects(t, chains, owners.leaves, func(c *netfilter.Chain) bool {
 			return known == nil || known.concernChain(n, c) || last.memory.odd[n][c.ID]
 		}) {
 			odd[c.ID] = true
 			scanChain(owners, t, c)
 		}
 		if t.Name == "nat" {
-			unreferenced(owners, t)
+			unreferenced(owners, t, chains)
 			unmasqueraded(owners, t)
 		}
 	}
 }
 
+// leastChains is how many chains to look at are worth another processor.
+const leastChains = 1024
+
 // suspects returns the chains that there is a finding about, of those that may be
 // looked at.
-func suspects(t *netfilter.Table, look func(*netfilter.Chain) bool) []*netfilter.Chain {
-	chains := t.Chains()
+func suspects(t *netfilter.Table, chains []*netfilter.Chain, leaves []leaf, look func(*netfilter.Chain) bool) []*netfilter.Chain {
 	odd := make([]bool, len(chains))
-	const least = 1024
-	share(len(chains), least, func(first, step int) {
+	share(len(chains), leastChains, func(first, step int) {
 		for i := first; i < len(chains); i += step {
 			if look(chains[i]) {
-				probe := owners{probing: true}
+				probe := owners{leaves: leaves, probing: true}
 				scanChain(&probe, t, chains[i])
 				odd[i] = probe.asked > 0
 			}
@@ -184,30 +189,40 @@ func scanChain(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 // unreferenced reports the chains of Services that no rule leads to. Above 1000
 // endpoints, where it also leaves comments out, kube-proxy keeps such chains of
 // deleted Services for a while; below, it deletes them at once.
-func unreferenced(owners *owners, t *netfilter.Table) {
+func unreferenced(owners *owners, t *netfilter.Table, chains []*netfilter.Chain) {
 	if c := t.Lookup("KUBE-SERVICES"); c == nil || c.Len() == 0 {
 		return // all are: RulesMissing says so
 	}
-	for _, c := range t.Chains() {
+	for _, c := range chains {
 		if strings.HasPrefix(c.Name, "KUBE-SVC-") && c.Len() > 0 && !balancesWithComments(c) {
 			return
 		}
 	}
-	used := make([]bool, t.NameCount())
-	for _, c := range t.Chains() {
-		for i := range c.Len() {
-			if rule := c.Rule(i); len(rule) > 0 {
+	used := make([]atomic.Bool, t.NameCount())
+	var unknown atomic.Bool // a target that may lead anywhere
+	share(len(chains), leastChains, func(first, step int) {
+		for n := first; n < len(chains); n += step {
+			for i := range chains[n].Len() {
+				rule := chains[n].Rule(i)
+				if len(rule) == 0 {
+					continue
+				}
 				switch e := rule[len(rule)-1]; e.Kind {
 				case netfilter.Jump, netfilter.Goto:
-					used[e.A] = true
-				case netfilter.UnknownTarget: // it may lead anywhere
-					return
+					if !used[e.A].Load() { // writing takes it from the other processors
+						used[e.A].Store(true)
+					}
+				case netfilter.UnknownTarget:
+					unknown.Store(true)
 				}
 			}
 		}
+	})
+	if unknown.Load() {
+		return
 	}
-	for _, c := range t.Chains() {
-		if !used[c.ID] && strings.HasPrefix(c.Name, "KUBE-SVC-") && balancesWithComments(c) {
+	for _, c := range chains {
+		if !used[c.ID].Load() && strings.HasPrefix(c.Name, "KUBE-SVC-") && balancesWithComments(c) {
 			owners.finder(c).add(RulesMissing, Error, []RuleRef{{t, c, 0}}, "no rule leads to %s, which has endpoints: the rule of its Service's address is gone", c.Name)
 		}
 	}
@@ -333,14 +348,14 @@ func goneText(c *netfilter.Chain) string {
 // foreign reports rules that the owner of a chain does not write.
 func (o own) foreign(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 	for i := range c.Len() {
-		if !o.writes(t, c.Rule(i)) {
+		if !o.writes(t, owners.leaves, c.Rule(i)) {
 			owners.finder(c).add(ForeignRule, Warning, []RuleRef{{t, c, i}}, "rule %d of %s is none that kube-proxy writes; it stays until kube-proxy rewrites the chain, which may be never", i+1, c.Name)
 		}
 	}
 }
 
 // writes reports whether the owner of a chain writes such a rule.
-func (o own) writes(t *netfilter.Table, rule []netfilter.Expr) bool {
+func (o own) writes(t *netfilter.Table, leaves []leaf, rule []netfilter.Expr) bool {
 	if len(rule) == 0 {
 		return false
 	}
@@ -356,13 +371,11 @@ func (o own) writes(t *netfilter.Table, rule []netfilter.Expr) bool {
 	if e.Kind != netfilter.Jump && e.Kind != netfilter.Goto {
 		return false
 	}
-	name := t.ChainName(netfilter.ChainID(e.A))
-	for _, prefix := range o.jumps {
-		if strings.HasPrefix(name, prefix) {
-			return !o.balance || !strings.HasPrefix(name, "KUBE-SEP-") || onlyBalances(rule)
-		}
+	if leaves[e.A].sep {
+		return slices.Contains(o.jumps, "KUBE-SEP-") && onlyBalances(rule)
 	}
-	return false
+	name := t.ChainName(netfilter.ChainID(e.A))
+	return slices.ContainsFunc(o.jumps, func(prefix string) bool { return strings.HasPrefix(name, prefix) })
 }
 
 // onlyBalances reports whether a jump to an endpoint depends on nothing but
@@ -389,22 +402,23 @@ func unreachable(owners *owners, t *netfilter.Table, c *netfilter.Chain) {
 		if len(rule) == 0 || rule[len(rule)-1].Kind != netfilter.Jump {
 			continue
 		}
-		target := t.ByID(netfilter.ChainID(rule[len(rule)-1].A))
-		if target == nil || !strings.HasPrefix(target.Name, "KUBE-SEP-") {
+		id := netfilter.ChainID(rule[len(rule)-1].A)
+		if !owners.leaves[id].sep {
 			continue
 		}
 		if never(rule) {
 			owners.finder(c).add(RuleUnreachable, Warning, []RuleRef{{t, c, i}}, "rule %d of %s never matches: its probability is 0", i+1, c.Name)
 			continue
 		}
-		if !deliversAll(target) {
-			owners.finder(c).add(EndpointBroken, Error, []RuleRef{{t, c, i}}, "%s has no DNAT: what rule %d of %s sends there comes back, and goes to the endpoints behind it", target.Name, i+1, c.Name)
+		delivers := owners.leaves[id].port != 0 || deliversAll(t.ByID(id))
+		if !delivers {
+			owners.finder(c).add(EndpointBroken, Error, []RuleRef{{t, c, i}}, "%s has no DNAT: what rule %d of %s sends there comes back, and goes to the endpoints behind it", t.ChainName(id), i+1, c.Name)
 		}
 		if taken >= 0 {
 			owners.finder(c).add(RuleUnreachable, Warning, []RuleRef{{t, c, taken}, {t, c, i}}, "rule %d of %s is never reached: rule %d takes every packet", i+1, c.Name, taken+1)
 			continue
 		}
-		if unconditional(rule) && deliversAll(target) {
+		if unconditional(rule) && delivers {
 			taken = i
 		}
 	}
@@ -451,21 +465,24 @@ func knownClients(t *netfilter.Table, c *netfilter.Chain, rule []netfilter.Expr)
 	if len(rule) == 0 {
 		return nil, 0, false
 	}
-	if e := rule[len(rule)-1]; e.Kind == netfilter.Jump || e.Kind == netfilter.Goto {
+	for _, e := range rule[:len(rule)-1] {
+		switch {
+		case e.Kind == netfilter.Recent && e.N != netfilter.RecentSet:
+			seconds, ok = affinitySeconds(c.Text(e)), true
+		case e.Kind == netfilter.InSet && t.Set(e.A).Timeout > 0: // without the rule that notes them, the set is not even dynamic
+			seconds, ok = int(t.Set(e.A).Timeout.Seconds()), true
+		}
+		if ok {
+			break
+		}
+	}
+	if e := rule[len(rule)-1]; ok && (e.Kind == netfilter.Jump || e.Kind == netfilter.Goto) {
 		to = t.ByID(netfilter.ChainID(e.A))
 	}
 	if to == nil || !isEndpointChain(to.Name) {
 		return nil, 0, false
 	}
-	for _, e := range rule[:len(rule)-1] {
-		switch {
-		case e.Kind == netfilter.Recent && e.N != netfilter.RecentSet:
-			return to, affinitySeconds(c.Text(e)), true
-		case e.Kind == netfilter.InSet && t.Set(e.A).Timeout > 0: // without the rule that notes them, the set is not even dynamic
-			return to, int(t.Set(e.A).Timeout.Seconds()), true
-		}
-	}
-	return nil, 0, false
+	return to, seconds, true
 }
 
 // sendsTo returns the endpoints' chains that a rule sends to.

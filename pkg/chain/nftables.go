@@ -52,7 +52,7 @@ func (d *discovery) maps(t *netfilter.Table) {
 
 // lookupRule returns the rule that asks a map: it leads to every frontend in it.
 func lookupRule(t *netfilter.Table, set string) RuleRef {
-	for _, c := range t.Chains() {
+	for c := range t.Chains() {
 		for i := range c.Len() {
 			for _, e := range c.Rule(i) {
 				if e.Kind == netfilter.VerdictMap && t.Set(e.A).Name == set {

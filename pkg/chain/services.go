@@ -135,14 +135,17 @@ func (v *View) Services() *Programmed { return v.Update(&Programmed{}) }
 // worked out.
 func (v *View) Update(last *Programmed) *Programmed {
 	d := v.discover()
-	anew := d.entries
+	all := slices.Clone(d.entries) // in the order of the rules, which is that of the chains in memory
+	var sorted sync.WaitGroup
+	sorted.Go(d.sort)
+	anew := all
 	var known *changes // since last; nil for everything
 	if last.memory.view != nil {
 		known = v.changes(last.memory.view)
 	}
 	if known != nil {
 		anew = nil
-		for _, e := range d.entries {
+		for _, e := range all {
 			if !e.recall(last.memory.entries[e.key()], known) {
 				anew = append(anew, e)
 			}
@@ -156,26 +159,35 @@ func (v *View) Update(last *Programmed) *Programmed {
 		}
 	})
 
+	sorted.Wait()
 	p := &Programmed{memory: memory{view: v, entries: d.at}}
-	slices.SortStableFunc(d.entries, func(a, b *entry) int {
-		return cmp.Or(
-			a.service.Compare(b.service),
-			cmp.Compare(frontendOrder[a.front.Type], frontendOrder[b.front.Type]),
-			cmp.Compare(a.front.Family, b.front.Family), a.front.Address.Compare(b.front.Address),
-			cmp.Compare(a.front.Port, b.front.Port))
-	})
-	for _, e := range d.entries {
-		if n := len(p.Services); n == 0 || p.Services[n-1].ServicePort != e.service {
-			p.Services = append(p.Services, Service{ServicePort: e.service})
-		}
-		s := &p.Services[len(p.Services)-1]
-		e.front.Routes = e.routes
-		e.number = len(p.Services) - 1
-		s.Frontends = append(s.Frontends, e.front)
-		s.AffinitySeconds = max(s.AffinitySeconds, e.affinity)
-	}
+	p.gather(d.entries)
 	v.find(p, d, last, known)
 	return p
+}
+
+// gather puts sorted frontends to their Services.
+func (p *Programmed) gather(entries []*entry) {
+	services := 0
+	for i, e := range entries {
+		if i == 0 || entries[i-1].service != e.service {
+			services++
+		}
+	}
+	p.Services = make([]Service, 0, services)
+	fronts := make([]Frontend, 0, len(entries))
+	for i, e := range entries {
+		if i == 0 || entries[i-1].service != e.service {
+			p.Services = append(p.Services, Service{ServicePort: e.service})
+		}
+		e.front.Routes = e.routes
+		e.number = len(p.Services) - 1
+		fronts = append(fronts, e.front)
+		s := &p.Services[e.number]
+		n := len(s.Frontends) + 1
+		s.Frontends = fronts[len(fronts)-n : len(fronts) : len(fronts)]
+		s.AffinitySeconds = max(s.AffinitySeconds, e.affinity)
+	}
 }
 
 // share has n things done by all processors: each does those from first on, step
@@ -210,6 +222,19 @@ func (p *Programmed) Rules(f Frontend, protocol netfilter.Protocol) []RuleRef {
 }
 
 var frontendOrder = map[FrontendType]int{ClusterIP: 0, ExternalIP: 1, LoadBalancer: 2, NodePort: 3}
+
+// sort puts frontends in the order in which they are listed.
+func (d *discovery) sort() {
+	slices.SortStableFunc(d.entries, func(a, b *entry) int {
+		if c := a.service.Compare(b.service); c != 0 {
+			return c
+		}
+		return cmp.Or(
+			cmp.Compare(frontendOrder[a.front.Type], frontendOrder[b.front.Type]),
+			cmp.Compare(a.front.Family, b.front.Family), a.front.Address.Compare(b.front.Address),
+			cmp.Compare(a.front.Port, b.front.Port))
+	})
+}
 
 // discovery is what the dispatch chains say.
 type discovery struct {
@@ -475,6 +500,7 @@ type resolver struct {
 // that the rules on the way single out.
 func (x *resolver) resolve(e *entry) {
 	x.run.tracks.begin()
+	x.run.spreads = x.run.spreads[:0]
 	defer func() { e.trail = x.run.tracks.trail(e.routes) }()
 	to := netip.AddrPortFrom(e.front.Address, e.front.Port)
 	if e.front.Type == NodePort {
@@ -605,7 +631,8 @@ func (x *resolver) walk(e *entry, p netfilter.Packet, class Class, sources []net
 	if e.affinity == 0 {
 		e.affinity = r.affinity
 	}
-	route := Route{From: []Class{class}, Sources: sources}
+	only := slices.Index(Classes, class)
+	route := Route{From: Classes[only : only+1 : only+1], Sources: sources} // shared: appending to it makes a copy
 	if len(worlds) == 1 {
 		x.scratch, route.Undelivered = endpoints(x.scratch[:0], worlds[0].ends)
 		for i := range worlds[0].ends {

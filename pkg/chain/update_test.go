@@ -69,7 +69,7 @@ func reviseTable(t testing.TB, to, from *netfilter.Table, count edit) {
 	}
 	var draft netfilter.Chain
 	there := map[netfilter.ChainID]bool{}
-	for _, c := range from.Chains() {
+	for c := range from.Chains() {
 		to.Draft(&draft, c.Name)
 		there[draft.ID] = true
 		draft.Base = c.Base
@@ -89,7 +89,7 @@ func reviseTable(t testing.TB, to, from *netfilter.Table, count edit) {
 		to.Adopt(&draft)
 	}
 	var gone []netfilter.ChainID
-	for _, c := range to.Chains() {
+	for c := range to.Chains() {
 		if !there[c.ID] {
 			gone = append(gone, c.ID)
 		}

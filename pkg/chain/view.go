@@ -39,47 +39,50 @@ type familyView struct {
 type tableView struct {
 	number  uint32   // of the table in the ruleset
 	indexes []*index // by ChainID; nil for short chains
+	leaves  []leaf   // by ChainID
+}
+
+// take works out what there is about a chain.
+func (t *tableView) take(c *netfilter.Chain) {
+	t.indexes[c.ID], t.leaves[c.ID] = newIndex(c), leafOf(c)
+	t.leaves[c.ID].sep = strings.HasPrefix(c.Name, "KUBE-SEP-")
 }
 
 // NewView prepares a ruleset for questions. Missing parts of the node are
 // filled in from the rules: pod ranges from kube-proxy's masquerade rules, an
 // unnamed address for the node's own.
 func NewView(rs *netfilter.Ruleset, node Node) *View {
-	pods := map[podHint]int{}
-	indexes := make([][]*index, len(rs.Tables))
-	var both sync.WaitGroup
-	both.Go(func() {
-		for _, t := range rs.Tables {
-			for _, c := range t.Chains() {
-				countPods(pods, t, c, 1)
-			}
-		}
-	})
-	both.Go(func() {
+	tables := make([]tableView, len(rs.Tables))
+	var chains sync.WaitGroup
+	chains.Go(func() {
 		for n, t := range rs.Tables {
-			indexes[n] = make([]*index, t.NameCount())
-			for _, c := range t.Chains() {
-				indexes[n][c.ID] = newIndex(c)
+			tables[n] = tableView{uint32(n), make([]*index, t.NameCount()), make([]leaf, t.NameCount())}
+			for c := range t.Chains() {
+				tables[n].take(c)
 			}
 		}
 	})
-	both.Wait()
+	pods := map[podHint]int{}
+	for _, t := range rs.Tables {
+		for c := range t.Chains() {
+			countPods(pods, t, c, 1)
+		}
+	}
 	v := newView(rs, node, pods)
 	for i, f := range []netfilter.Family{netfilter.IPv4, netfilter.IPv6} {
 		if !slices.ContainsFunc(rs.Tables, func(t *netfilter.Table) bool { return t.Family == f }) {
 			continue
 		}
-		fv := &familyView{family: f, tables: map[*netfilter.Table]*tableView{}}
+		fv := &familyView{family: f, tables: map[*netfilter.Table]*tableView{}, named: v.namedSources(f)}
 		for n, t := range rs.Tables {
-			if t.Family != f {
-				continue
+			if t.Family == f {
+				fv.tables[t] = &tables[n]
 			}
-			fv.tables[t] = &tableView{number: uint32(n), indexes: indexes[n]}
 		}
 		v.family[i] = fv
-		fv.named = v.namedSources(f)
 		v.complete(fv)
 	}
+	chains.Wait()
 	return v
 }
 
@@ -111,14 +114,16 @@ func (v *View) Next(rs *netfilter.Ruleset, node Node) *View {
 				continue
 			}
 			was := last.tables[v.rules.Tables[n]]
-			tv := &tableView{number: uint32(n), indexes: was.indexes}
+			tv := &tableView{uint32(n), was.indexes, was.leaves}
 			if len(differ[n]) > 0 {
-				tv.indexes = append(slices.Clone(was.indexes), make([]*index, t.NameCount()-len(was.indexes))...)
+				more := t.NameCount() - len(was.indexes)
+				tv.indexes = append(slices.Clone(was.indexes), make([]*index, more)...)
+				tv.leaves = append(slices.Clone(was.leaves), make([]leaf, more)...)
 			}
 			for _, id := range differ[n] {
-				tv.indexes[id] = nil
+				tv.indexes[id], tv.leaves[id] = nil, leaf{}
 				if c := t.ByID(id); c != nil {
-					tv.indexes[id] = newIndex(c)
+					tv.take(c)
 					fv.named.count(c, 1)
 				}
 				if c := byID(v.rules.Tables[n], id); c != nil {
@@ -382,7 +387,7 @@ func (v *View) namedSources(f netfilter.Family) *sourceRanges {
 		if t.Family != f {
 			continue
 		}
-		for _, c := range t.Chains() {
+		for c := range t.Chains() {
 			out.count(c, 1)
 		}
 	}
@@ -481,7 +486,7 @@ func (v *View) podCandidates(f netfilter.Family) []candidate {
 		if t.Family != f {
 			continue
 		}
-		for _, c := range t.Chains() {
+		for c := range t.Chains() {
 			for i := range c.Len() {
 				rule := c.Rule(i)
 				if len(rule) == 0 || rule[len(rule)-1].Kind != netfilter.DNAT {
@@ -536,7 +541,8 @@ func (v *View) explore(r *run) []world {
 	r.family = v.of(netfilter.FamilyOf(r.packet.Destination))
 	r.outcomes()
 	if r.undecided == nil {
-		return []world{{ends: r.ends}}
+		r.one[0] = world{ends: r.ends}
+		return r.one[:]
 	}
 	var worlds []world
 	first := *r.undecided

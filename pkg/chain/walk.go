@@ -120,21 +120,25 @@ type run struct {
 	sensitive []sensitivity
 	collect   bool
 
-	affinity int        // seconds of the first affinity rule met
-	tracks   *tracks    // of this walk and those before it; nil to leave none
-	table    *tableView // of the base chain being walked
-	broken   []RuleRef
-	ends     []end
-	stack    []*netfilter.Chain
-	spare    [][]state
-	splits   splits
-	exits    exits // nil to remember none
-	exit     *exit // being recorded
+	affinity  int        // seconds of the first affinity rule met
+	tracks    *tracks    // of this walk and those before it; nil to leave none
+	table     *tableView // of the base chain being walked
+	broken    []RuleRef
+	ends      []end
+	one       [1]world // for explore
+	stack     []*netfilter.Chain
+	spare     [][]state
+	splits    splits
+	spreads   []spread // that were worked out; of this walk and those before it
+	exits     exits    // nil to remember none
+	lastKey   exitKey  // with which exits was asked last
+	lastExits []*exit
+	exit      *exit // being recorded
 }
 
 // reset makes a run ready for another packet, keeping its memory.
 func (r *run) reset(p netfilter.Packet) {
-	*r = run{packet: p, tracks: r.tracks, ends: r.ends[:0], sensitive: r.sensitive[:0], stack: r.stack[:0], spare: r.spare, splits: r.splits, exits: r.exits}
+	*r = run{packet: p, tracks: r.tracks, ends: r.ends[:0], sensitive: r.sensitive[:0], stack: r.stack[:0], spare: r.spare, splits: r.splits, spreads: r.spreads, exits: r.exits}
 }
 
 // sensitivity is a source range that a rule of the chain asks for.
@@ -295,7 +299,12 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 	x := r.table.indexes[c.ID]
 	r.enters(c, x, live[0].to)
 	rules := x.rules(c, live[0].to.Addr(), r.packet.Protocol, live[0].to.Port())
+	spread := r.spread(c)
 	for i := rules.step(); i >= 0 && len(live) > 0 && r.undecided == nil; i = rules.step() {
+		if spread >= 0 && i == r.spreads[spread].from && len(live) == 1 && r.deal(t, &r.spreads[spread], &live[0], passed) {
+			live = live[:0]
+			break
+		}
 		ref := RuleRef{t, c, i}
 		rule := c.Rule(i)
 		kept := 0
@@ -732,6 +741,9 @@ func (r *run) enter(ref RuleRef, e netfilter.Expr, s *state, next, back, passed 
 	rest := next
 	if e.Kind == netfilter.Goto {
 		rest = back
+	}
+	if r.pass(ref.Table, netfilter.ChainID(e.A), s, passed) {
+		return
 	}
 	target := ref.Table.ByID(netfilter.ChainID(e.A))
 	// The kernel refuses a jump to nowhere, and a loop; a file may hold both.

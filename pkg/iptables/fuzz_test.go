@@ -3,6 +3,7 @@ package iptables
 import (
 	"bytes"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
@@ -72,9 +73,10 @@ func FuzzParse(f *testing.F) {
 				t.Fatalf("%d tables, then %d", len(rs.Tables), len(again.Tables))
 			}
 			for i, table := range rs.Tables {
-				for j, c := range table.Chains() {
+				others := slices.Collect(again.Tables[i].Chains())
+				for j, c := range slices.Collect(table.Chains()) {
 					for k := range c.Len() {
-						if a, b := brief(c, k), brief(again.Tables[i].Chains()[j], k); a != b {
+						if a, b := brief(c, k), brief(others[j], k); a != b {
 							t.Fatalf("%s means %s, then %s", RuleText(table, c, k), a, b)
 						}
 					}
@@ -88,7 +90,7 @@ func FuzzParse(f *testing.F) {
 // name for a target. No program prints that; printed, the chain comes first.
 func declaredLate(rs *netfilter.Ruleset) bool {
 	for _, t := range rs.Tables {
-		for _, c := range t.Chains() {
+		for c := range t.Chains() {
 			for i := range c.Len() {
 				text := RuleText(t, c, i)
 				at := strings.LastIndex(text, " -j ")

@@ -35,7 +35,7 @@ func compareRules(t *testing.T, want, got *netfilter.Ruleset) {
 	describe := func(rs *netfilter.Ruleset) (out []string) {
 		for _, table := range rs.Tables {
 			out = append(out, fmt.Sprintf("*%s %v %s %d names", table.Name, table.Family, table.Backend, table.NameCount()))
-			for _, c := range table.Chains() {
+			for c := range table.Chains() {
 				out = append(out, fmt.Sprintf(":%s %d", c.Name, c.ID))
 				if c.Base != nil {
 					out = append(out, fmt.Sprintf("%+v", *c.Base))
@@ -531,7 +531,7 @@ func FuzzLegacyDecode(f *testing.F) {
 		}
 		refuzz(t, family, blob, table)
 		compareHalves(t, family, blob)
-		for _, c := range table.Chains() {
+		for c := range table.Chains() {
 			for i := range c.Len() {
 				brief(c, i)
 				for _, e := range c.Rule(i) {

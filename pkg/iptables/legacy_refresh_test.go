@@ -124,7 +124,7 @@ func TestLegacyRefreshFollows(t *testing.T) {
 func ordered(rs *netfilter.Ruleset) (out []string) {
 	for _, t := range rs.Tables {
 		out = append(out, fmt.Sprint(t.Family, " ", t.Name))
-		for _, c := range t.Chains() {
+		for c := range t.Chains() {
 			out = append(out, c.Name)
 			if c.Base != nil {
 				out = append(out, fmt.Sprintf("%+v", *c.Base))
@@ -156,7 +156,7 @@ func sameVersions(t *testing.T, last, next *netfilter.Ruleset) (shared int) {
 			if !now.Same(was) || !now.Revises(was) {
 				continue
 			}
-			for _, c := range now.Chains() {
+			for c := range now.Chains() {
 				o := was.Lookup(c.Name)
 				if o == nil {
 					continue

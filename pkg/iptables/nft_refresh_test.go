@@ -189,7 +189,7 @@ func TestNFTConfirm(t *testing.T) {
 	defer n.Close()
 	before := refreshNFT(t, b, &n)
 	var name string
-	for _, c := range before.Table(netfilter.IPv4, "nat").Chains() {
+	for c := range before.Table(netfilter.IPv4, "nat").Chains() {
 		if strings.HasPrefix(c.Name, "KUBE-SEP-") {
 			name = c.Name
 		}
@@ -220,7 +220,7 @@ func TestNFTConfirm(t *testing.T) {
 		t.Errorf("rules differ (-read +confirmed):\n%s", diff)
 	}
 	nat := before.Table(netfilter.IPv4, "nat")
-	for _, c := range got.Table(netfilter.IPv4, "nat").Chains() {
+	for c := range got.Table(netfilter.IPv4, "nat").Chains() {
 		if was := nat.Lookup(c.Name); c.Name != name && was.Version() != c.Version() {
 			t.Errorf("%s is another, though only %s was edited", c.Name, name)
 		}
@@ -426,7 +426,7 @@ func natOf(rs *netfilter.Ruleset) string {
 		return ""
 	}
 	var lines []string
-	for _, c := range t.Chains() {
+	for c := range t.Chains() {
 		lines = append(lines, c.Name)
 		for i := range c.Len() {
 			lines = append(lines, fmt.Sprintf("%s %d %s", c.Name, i, RuleText(t, c, i)))

@@ -92,7 +92,7 @@ func listing(rs *netfilter.Ruleset) map[string][]string {
 	for _, t := range rs.Tables {
 		table := fmt.Sprintf("%v %s %s", t.Family, t.Name, t.Backend)
 		out[table] = nil
-		for _, c := range t.Chains() {
+		for c := range t.Chains() {
 			lines := []string{"chain"}
 			if b := c.Base; b != nil {
 				// iptables-nft hangs security elsewhere than the kernel says.

@@ -116,13 +116,13 @@ func TestPart(t *testing.T) {
 	}
 	next := first.Revise()
 	fill(next, 2, "10.0.0.8:80")
-	for i, c := range first.Chains() {
+	for c := range first.Chains() {
 		now := next.ByID(c.ID)
 		if n, _ := now.Counter(0); n.Packets != 2 {
 			t.Errorf("%s counted %d, want 2", c.Name, n.Packets)
 		}
 		if want := c.Name != "KUBE-07"; (now.Version() == c.Version()) != want {
-			t.Errorf("%s, the chain %d: the same rules are %v, want %v", c.Name, i, !want, want)
+			t.Errorf("%s, the chain %d: the same rules are %v, want %v", c.Name, c.ID, !want, want)
 		}
 	}
 }
@@ -265,7 +265,7 @@ func TestWorn(t *testing.T) {
 
 func names(t *Table) []string {
 	var out []string
-	for _, c := range t.Chains() {
+	for c := range t.Chains() {
 		out = append(out, c.Name)
 	}
 	return out

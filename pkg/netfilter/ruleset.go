@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"encoding/binary"
 	"fmt"
+	"iter"
 	mathbits "math/bits"
 	"net/netip"
 	"slices"
@@ -262,14 +263,19 @@ func (t *Table) Declare(name string) *Chain {
 	return t.chains[id]
 }
 
-// Chains returns the chains in the order of their declaration.
-func (t *Table) Chains() []*Chain {
-	out := make([]*Chain, len(t.order))
-	for i, id := range t.order {
-		out[i] = t.chains[id]
+// Chains goes through the chains in the order of their declaration.
+func (t *Table) Chains() iter.Seq[*Chain] {
+	return func(yield func(*Chain) bool) {
+		for _, id := range t.order {
+			if !yield(t.chains[id]) {
+				return
+			}
+		}
 	}
-	return out
 }
+
+// ChainCount returns how many chains there are.
+func (t *Table) ChainCount() int { return len(t.order) }
 
 // AddSet adds a set or map, and returns its number.
 func (t *Table) AddSet(s *Set) uint32 {

@@ -277,7 +277,7 @@ func TestTable(t *testing.T) {
 		t.Error("a chain declared again is another")
 	}
 	var names []string
-	for _, c := range table.Chains() {
+	for c := range table.Chains() {
 		names = append(names, c.Name)
 	}
 	if !slices.Equal(names, []string{"FIRST", "LATER"}) {

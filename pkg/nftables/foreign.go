@@ -50,7 +50,7 @@ func mayDirect(b *netfilter.Base) bool {
 // connection goes. It reports whether there are any.
 func directing(t *netfilter.Table) bool {
 	keep := make([]bool, t.NameCount())
-	for _, c := range t.Chains() {
+	for c := range t.Chains() {
 		if mayDirect(c.Base) && c.Len() > 0 {
 			if within := reachable(t, c); c.Base.Type == netfilter.TypeNAT || untracks(t, within) {
 				for _, id := range within {
@@ -60,13 +60,13 @@ func directing(t *netfilter.Table) bool {
 		}
 	}
 	var gone []netfilter.ChainID
-	for _, c := range t.Chains() {
+	for c := range t.Chains() {
 		if !keep[c.ID] {
 			gone = append(gone, c.ID)
 		}
 	}
 	t.Remove(gone...)
-	return len(t.Chains()) > 0
+	return t.ChainCount() > 0
 }
 
 // reachable returns the chain and those that it leads to.

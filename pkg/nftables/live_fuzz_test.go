@@ -194,7 +194,7 @@ func normal(t *netfilter.Table) string {
 		out = append(out, strings.Join(append(lines, fmt.Sprint(s.Ranges)), "\n"))
 	}
 	slices.Sort(out)
-	for _, c := range t.Chains() {
+	for c := range t.Chains() {
 		out = append(out, "chain "+c.Name)
 		if c.Base != nil {
 			out = append(out, fmt.Sprintf("%+v", *c.Base))
@@ -313,7 +313,7 @@ func FuzzForeign(f *testing.F) {
 		}
 		before := ft.tables
 		for _, table := range before {
-			for _, c := range table.Chains() {
+			for c := range table.Chains() {
 				for i := range c.Len() {
 					RuleText(table, c, i)
 				}

@@ -256,7 +256,7 @@ func sharesVersions(t *testing.T, last, next *netfilter.Ruleset, shared *int) {
 			if !now.Same(was) || !now.Revises(was) {
 				continue
 			}
-			for _, c := range now.Chains() {
+			for c := range now.Chains() {
 				o := was.Lookup(c.Name)
 				if o == nil {
 					continue

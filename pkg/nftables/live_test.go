@@ -125,7 +125,7 @@ func plain(rs *netfilter.Ruleset) map[string][]string {
 	out := map[string][]string{}
 	for _, t := range rs.Tables {
 		name := fmt.Sprintf("%v %s %s", t.Family, t.Name, t.Backend)
-		out[name] = []string{fmt.Sprint(len(t.Chains()), len(t.Sets()))}
+		out[name] = []string{fmt.Sprint(t.ChainCount(), len(t.Sets()))}
 		for i, s := range t.Sets() {
 			head := fmt.Sprintf("map %v dynamic %v opaque %v timeout %v", s.Map, s.Dynamic, s.Opaque, s.Timeout)
 			var lines []string
@@ -151,7 +151,7 @@ func plain(rs *netfilter.Ruleset) map[string][]string {
 			}
 			out[fmt.Sprintf("%s set %d %q", name, i, s.Name)] = append([]string{head}, lines...)
 		}
-		for i, c := range t.Chains() {
+		for i, c := range slices.Collect(t.Chains()) {
 			lines := []string{"chain"}
 			if c.Base != nil {
 				lines[0] = fmt.Sprintf("%+v", *c.Base)
@@ -178,7 +178,7 @@ func plain(rs *netfilter.Ruleset) map[string][]string {
 
 func undecodedRules(rs *netfilter.Ruleset) (out []string) {
 	for _, t := range rs.Tables {
-		for _, c := range t.Chains() {
+		for c := range t.Chains() {
 			for i := range c.Len() {
 				for _, e := range c.Rule(i) {
 					switch e.Kind {

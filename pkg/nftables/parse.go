@@ -98,8 +98,11 @@ func (p *parser) finishOthers(t *table) bool {
 	if t.RuleCount() <= mostForeignRules {
 		return directing(t.Table)
 	}
-	if slices.ContainsFunc(t.Chains(), func(c *netfilter.Chain) bool { return mayDirect(c.Base) && c.Len() > 0 }) {
-		p.rules.Unreadable = append(p.rules.Unreadable, tooLarge(t.Family, t.Name))
+	for c := range t.Chains() {
+		if mayDirect(c.Base) && c.Len() > 0 {
+			p.rules.Unreadable = append(p.rules.Unreadable, tooLarge(t.Family, t.Name))
+			break
+		}
 	}
 	return false
 }

@@ -152,7 +152,7 @@ func TestRecordingsAreUnderstood(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, table := range rs.Tables {
-			for _, c := range table.Chains() {
+			for c := range table.Chains() {
 				for i := range c.Len() {
 					for _, e := range c.Rule(i) {
 						if e.Kind == netfilter.Unknown || e.Kind == netfilter.UnknownTarget || e.Kind == netfilter.DNATRange {
@@ -178,7 +178,7 @@ func FuzzParse(f *testing.F) {
 			t.Error("parsed what is not JSON")
 		}
 		for _, table := range rs.Tables {
-			for _, c := range table.Chains() {
+			for c := range table.Chains() {
 				for i := range c.Len() {
 					RuleText(table, c, i)
 				}

@@ -112,7 +112,7 @@ func (w *world) growth(t *testing.T, after *netfilter.Ruleset) *growth {
 		case "filter":
 			g.filter = table
 		}
-		for _, c := range table.Chains() {
+		for c := range table.Chains() {
 			old := before.Lookup(c.Name)
 			if old == nil || old.Len() != c.Len() {
 				t.Fatalf("chain %s changed", c.Name)

@@ -1,0 +1,79 @@
+package chain
+
+import (
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/natlens/natlens/pkg/iptables"
+)
+
+// Walks that know what an endpoint's chain comes to must come to what those do
+// that go through its rules, for chains that almost are such ones, too.
+func TestLeaves(t *testing.T) {
+	files, err := filepath.Glob("../../testdata/captures/*.save")
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	edits := map[string]struct{ match, by string }{
+		"as it is":                            {},
+		"the port stays":                      {`--to-destination (\d\S+):\d+`, "--to-destination $1"},
+		"the address stays":                   {`--to-destination \d\S+(:\d+)`, "--to-destination $1"},
+		"one of two addresses":                {`--to-destination (\d\S+):(\d+)`, "--to-destination $1-10.99.0.9:$2"},
+		"the node's own address":              {`--to-destination \d[^:]+`, "--to-destination 10.146.0.2"},
+		"a neighbour is marked":               {`-A (KUBE-SEP-\S+) -s (\S+)/32`, "-A $1 -s $2/30"},
+		"another is marked":                   {`-A (KUBE-SEP-\S+) -s \S+`, "-A $1 -s 10.99.0.9/32"},
+		"all but the endpoint are marked":     {`-A (KUBE-SEP-\S+) -s`, "-A $1 ! -s"},
+		"the endpoint itself is let go":       {`(-A KUBE-SEP-\S+ -s .*)-j KUBE-MARK-MASQ`, "${1}-j ACCEPT"},
+		"a range is let go":                   {`(-A KUBE-SEP-\S+) -s \S+ (.*)-j KUBE-MARK-MASQ`, "$1 -s 10.0.0.0/8 ${2}-j RETURN"},
+		"another protocol":                    {`(-A KUBE-SEP-\S+ )-p tcp`, "$1-p sctp"},
+		"a port as well":                      {`(-A KUBE-SEP-.*)-j DNAT`, "${1}-m tcp --dport 80 -j DNAT"},
+		"known clients only":                  {`(-A KUBE-SEP-.*)-j DNAT`, "${1}-m recent --name X --rcheck --seconds 10 --rsource -j DNAT"},
+		"a chance":                            {`(-A KUBE-SEP-.*)-j DNAT`, "${1}-m statistic --mode random --probability 0.25 -j DNAT"},
+		"a mark":                              {`(-A KUBE-SEP-.*)-j DNAT`, "${1}-m mark --mark 0x4000/0x4000 -j DNAT"},
+		"what nobody knows":                   {`(-A KUBE-SEP-.*)-j DNAT`, "${1}-m whatever --it is -j DNAT"},
+		"no DNAT":                             {`(-A KUBE-SEP-.*)-j DNAT.*`, "${1}-j MARK --set-xmark 0x1/0x1"},
+		"the last rule has a chance, too":     {`(-A KUBE-SVC-\S+ -m comment --comment (?:"[^"]*"|\S+) )-j`, "$1-m statistic --mode random --probability 0.9 -j"},
+		"a chance of none":                    {`--probability \S+`, "--probability 0.00000000000"},
+		"a chance of all":                     {`--probability \S+`, "--probability 1.00000000000"},
+		"every second":                        {`--mode random --probability \S+`, "--mode nth --every 2 --packet 0"},
+		"two chances":                         {`(-m statistic --mode random --probability \S+)`, "$1 $1"},
+		"endpoints for some clients":          {`(-A KUBE-SVC-\S+) (.*-j KUBE-SEP-)`, "$1 -s 10.52.0.0/16 $2"},
+		"endpoints of a protocol":             {`(-A KUBE-SVC-\S+) (.*-j KUBE-SEP-)`, "$1 -p tcp $2"},
+		"without coming back":                 {`(-A KUBE-SVC-.*)-j (KUBE-SEP-)`, "${1}-g $2"},
+		"the DNAT stands among the endpoints": {`(-A KUBE-SVC-.*)-j KUBE-SEP-\S+`, "$1-p tcp -j DNAT --to-destination 10.99.0.9:80"},
+	}
+	dealt := 0
+	for name, edit := range edits {
+		t.Run(name, func(t *testing.T) {
+			changed := false
+			for _, file := range files {
+				text, err := os.ReadFile(file)
+				if err != nil {
+					t.Fatal(err)
+				}
+				other := string(text)
+				if edit.match != "" {
+					other = regexp.MustCompile(edit.match).ReplaceAllString(other, edit.by)
+				}
+				changed = changed || other != string(text)
+				rs, err := iptables.Parse(strings.NewReader(other), filepath.Base(file))
+				if err != nil {
+					t.Fatalf("%s: %v", file, err)
+				}
+				_, whole := shortcuts(t, rs)
+				if edit.match == "" {
+					dealt += cap(whole.run.spreads) // those of the last frontend are forgotten, their memory is not
+				}
+			}
+			if edit.match != "" && !changed {
+				t.Error("no rule is another one")
+			}
+		})
+	}
+	if dealt == 0 {
+		t.Error("no chain deals connections out to leaves")
+	}
+}
