@@ -88,3 +88,38 @@ func oneObjectALine(text string) string {
 	}
 	return regexp.MustCompile(`, (\{"(?:chain|rule|set|map|element)": )`).ReplaceAllString(text, "\n,$1")
 }
+
+// Programs look into lists of recent clients for other ends, too: those are no
+// session affinity.
+func TestRecentWithoutAffinity(t *testing.T) {
+	const recent = " -m recent --name x --rcheck --seconds 9 --rsource -j "
+	text := recorded(t, "v1.35.4-iptables.save")
+	for name, tt := range map[string]struct{ ahead, rule string }{
+		"in a filter":          {"*filter\n", "-A FORWARD" + recent + "ACCEPT\n"},
+		"ahead of Services":    {"*nat\n", "-A PREROUTING" + recent + "OTHER\n"},
+		"behind Services":      {"*nat\n", "-A POSTROUTING" + recent + "OTHER\n"},
+		"instead of a Service": {"*nat\n", "-A KUBE-SERVICES" + recent + "OTHER\n"},
+		"among its endpoints":  {"*nat\n", "-A KUBE-SVC-C6YCYWI3VSGSBIFB" + recent + "RETURN\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			at := strings.Index(text, tt.ahead)
+			at += strings.Index(text[at:], "\n[") + 1 // the first rule, with its counters
+			rs, err := iptables.Parse(strings.NewReader(text[:at]+":OTHER - [0:0]\n"+tt.rule+text[at:]), name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, s := range chain.NewView(rs, chain.Node{}).Services().Services {
+				want := 0
+				switch s.Name {
+				case "sticky":
+					want = 300
+				case "lb-local-sticky":
+					want = 10800
+				}
+				if s.AffinitySeconds != want {
+					t.Errorf("%v has an affinity of %d s, want %d", s.ServicePort, s.AffinitySeconds, want)
+				}
+			}
+		})
+	}
+}

@@ -474,7 +474,7 @@ func (r *run) matches(ref RuleRef, rule []netfilter.Expr, s *state) (p chance, o
 				bySource = i // maybe the only thing that speaks against it
 				continue
 			}
-			r.noteAffinity(ref, e)
+			r.noteAffinity(ref, rule, e, s)
 			return p, false
 		case unknown:
 			open = true
@@ -494,18 +494,25 @@ func (r *run) matches(ref RuleRef, rule []netfilter.Expr, s *state) (p chance, o
 	return p, true
 }
 
-// noteAffinity notes the timeout of a list of known clients that a rule looks
-// into.
-func (r *run) noteAffinity(ref RuleRef, e netfilter.Expr) {
-	switch {
-	case r.affinity != 0:
-	case e.Kind == netfilter.Recent:
-		r.spoil()
-		r.affinity = affinitySeconds(ref.Chain.Text(e))
-	case e.Kind == netfilter.InSet && ref.Table.Set(e.A).Dynamic:
-		r.spoil()
-		r.affinity = int(ref.Table.Set(e.A).Timeout.Seconds())
+// noteAffinity notes the timeout of the list of known clients that a rule looks
+// into, if it is one that sends those of the Service on to an endpoint. Others
+// use such lists too, to limit rates.
+func (r *run) noteAffinity(ref RuleRef, rule []netfilter.Expr, e netfilter.Expr, s *state) {
+	last := rule[len(rule)-1].Kind
+	if !s.has(viaDispatch) || s.has(rewritten) || !r.directs() || s.hook == netfilter.Postrouting || last != netfilter.Jump && last != netfilter.Goto {
+		return
 	}
+	seconds := 0
+	switch {
+	case e.Kind == netfilter.Recent:
+		seconds = affinitySeconds(ref.Chain.Text(e))
+	case e.Kind == netfilter.InSet && ref.Table.Set(e.A).Dynamic:
+		seconds = int(ref.Table.Set(e.A).Timeout.Seconds())
+	default:
+		return
+	}
+	r.spoil()
+	r.affinity = cmp.Or(r.affinity, seconds)
 }
 
 // asksSource reports whether a match asks for particular source addresses.
