@@ -76,6 +76,9 @@ func leafMatches(matches []netfilter.Expr) (source netfilter.Expr, protocol netf
 			}
 			source = e
 		case netfilter.ProtocolIs:
+			if protocol != 0 {
+				return source, protocol, false
+			}
 			protocol = netfilter.Protocol(e.A)
 		case netfilter.Recent:
 			if e.N != netfilter.RecentSet {

@@ -667,6 +667,7 @@ func (r *run) mark(ref RuleRef, e netfilter.Expr, s *state) {
 
 // rewrite gives a state its new destination.
 func (r *run) rewrite(ref RuleRef, e netfilter.Expr, s *state) {
+	r.spoil() // an exit leaves the destination as it is
 	s.flags |= rewritten
 	s.by = ref
 	addr, port := s.to.Addr(), s.to.Port()
