@@ -1,13 +1,18 @@
 package chain
 
 import (
+	"encoding/json"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/natlens/natlens/pkg/iptables"
+	"github.com/natlens/natlens/pkg/netfilter"
+	"github.com/natlens/natlens/pkg/nftables"
 )
 
 // FuzzMutated looks at kube-proxy's rules after somebody has been at them: lines
@@ -15,33 +20,98 @@ import (
 // knows. Whatever they are, all can be worked out, and alike with and without the
 // walks' shortcuts.
 func FuzzMutated(f *testing.F) {
-	files, err := filepath.Glob("../../testdata/captures/*.save")
-	if err != nil || len(files) == 0 {
-		f.Fatal(files, err)
-	}
-	var dumps []string
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			f.Fatal(err)
+	var saves []string
+	var lists [][]map[string]any // of nft's objects
+	for _, pattern := range []string{"*.save", "*.json"} {
+		files, err := filepath.Glob("../../testdata/captures/" + pattern)
+		if err != nil || len(files) == 0 {
+			f.Fatal(files, err)
 		}
-		dumps = append(dumps, string(text))
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				f.Fatal(err)
+			}
+			if pattern == "*.save" {
+				saves = append(saves, string(text))
+				continue
+			}
+			var list struct{ NFTables []map[string]any }
+			if err := json.Unmarshal(text, &list); err != nil {
+				f.Fatal(file, err)
+			}
+			lists = append(lists, list.NFTables)
+		}
 	}
 	for seed := range uint64(40) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, seed uint64) {
-		text := mutated(rand.New(rand.NewPCG(seed, 1)), dumps[seed%uint64(len(dumps))])
-		rs, err := iptables.Parse(strings.NewReader(text), "mutated")
-		if err != nil {
-			return
+		r := rand.New(rand.NewPCG(seed, 1))
+		rs, err := iptables.Parse(strings.NewReader(mutated(r, saves[r.IntN(len(saves))])), "mutated")
+		if err == nil {
+			check(t, rs)
 		}
-		v := NewView(rs, Node{})
-		v.Services()
-		if len(v.discover().entries) > 0 {
-			shortcuts(t, rs)
+		text, err := json.Marshal(map[string]any{"nftables": mutatedObjects(r, lists[r.IntN(len(lists))])})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rs, err = nftables.Parse(strings.NewReader(string(text)), "mutated"); err == nil {
+			check(t, rs)
 		}
 	})
+}
+
+func check(t *testing.T, rs *netfilter.Ruleset) {
+	t.Helper()
+	v := NewView(rs, Node{})
+	v.Services()
+	if len(v.discover().entries) > 0 {
+		shortcuts(t, rs)
+	}
+}
+
+// mutatedObjects returns a list of nft's objects, some of which are gone, doubled,
+// in another order, or have an expression less or of another rule.
+func mutatedObjects(r *rand.Rand, list []map[string]any) []map[string]any {
+	list = slices.Clone(list)
+	rule := func() (n int, expressions []any) {
+		for {
+			n = r.IntN(len(list))
+			object, ok := list[n]["rule"].(map[string]any)
+			if expressions, _ = object["expr"].([]any); ok && len(expressions) > 0 {
+				return n, expressions
+			}
+		}
+	}
+	for range 1 + r.IntN(30) {
+		i, k := r.IntN(len(list)), r.IntN(len(list))
+		n, expressions := rule()
+		_, others := rule()
+		at, other := r.IntN(len(expressions)), others[r.IntN(len(others))]
+		change := func(e []any) {
+			object := maps.Clone(list[n]["rule"].(map[string]any))
+			object["expr"] = e
+			list[n] = map[string]any{"rule": object}
+		}
+		switch r.IntN(6) {
+		case 0:
+			list = slices.Delete(list, i, i+1)
+		case 1:
+			list = append(list, list[i])
+		case 2:
+			list[i], list[k] = list[k], list[i]
+		case 3:
+			change(slices.Delete(slices.Clone(expressions), at, at+1))
+		case 4:
+			change(slices.Insert(slices.Clone(expressions), at, other))
+		case 5:
+			e := slices.Clone(expressions)
+			e[at] = other
+			change(e)
+		}
+	}
+	return list
 }
 
 // mutated returns a dump with some lines of others.
