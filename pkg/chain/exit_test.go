@@ -34,32 +34,21 @@ const foreign = `
 
 // Walks that take known exits must come to what walks to the end do.
 func TestExits(t *testing.T) {
-	files, err := filepath.Glob("../../testdata/captures/*")
-	if err != nil {
-		t.Fatal(err)
-	}
 	tested, remembered := 0, 0
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		dumps := map[string]string{filepath.Base(file): string(text)}
-		switch {
-		case strings.HasSuffix(file, ".save"):
+	for _, c := range slices.Concat(captures(t, "*.save"), captures(t, "*.json")) {
+		dumps := map[string]string{c.name: c.text}
+		if strings.HasSuffix(c.name, ".save") {
 			// Each rule alone, and all of them.
 			rules := strings.Split(strings.TrimSpace(foreign), "\n")
 			for i, rule := range rules {
-				dumps[fmt.Sprintf("%s with %d", filepath.Base(file), i)] = ahead(string(text), rule)
+				dumps[fmt.Sprintf("%s with %d", c.name, i)] = ahead(c.text, rule)
 			}
-			dumps[filepath.Base(file)+" with all"] = ahead(string(text), strings.Join(rules, "\n"))
-		case !strings.HasSuffix(file, ".json"):
-			continue
+			dumps[c.name+" with all"] = ahead(c.text, strings.Join(rules, "\n"))
 		}
 		for name, text := range dumps {
 			t.Run(name, func(t *testing.T) {
 				read := iptables.Parse
-				if strings.HasSuffix(file, ".json") {
+				if strings.HasSuffix(c.name, ".json") {
 					read = nftables.Parse
 				}
 				rs, err := read(strings.NewReader(text), name)
@@ -77,6 +66,27 @@ func TestExits(t *testing.T) {
 	if tested < 20 || remembered < tested {
 		t.Errorf("%d exits in %d rulesets", remembered, tested)
 	}
+}
+
+// capture is a recorded dump of kube-proxy's rules.
+type capture struct{ name, text string }
+
+// captures returns those whose file names match, by name.
+func captures(t testing.TB, pattern string) []capture {
+	t.Helper()
+	files, err := filepath.Glob("../../testdata/captures/" + pattern)
+	if err != nil || len(files) == 0 {
+		t.Fatal(pattern, files, err)
+	}
+	var out []capture
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, capture{filepath.Base(file), string(text)})
+	}
+	return out
 }
 
 // ahead puts rules ahead of those of table filter.

@@ -96,7 +96,7 @@ func leafMatches(matches []netfilter.Expr) (source netfilter.Expr, protocol netf
 // nor when more is asked of the walk than where it ends.
 func (r *run) pass(t *netfilter.Table, id netfilter.ChainID, s *state, passed *[]state) bool {
 	l := &r.table.leaves[id]
-	if l.port == 0 || l.protocol != 0 && l.protocol != r.packet.Protocol || r.probing || r.tracing || r.exit != nil {
+	if l.port == 0 || l.protocol != 0 && l.protocol != r.packet.Protocol || r.detailed() {
 		return false
 	}
 	c := t.ByID(id)
@@ -159,7 +159,7 @@ func (t *tableView) spreadFrom(c *netfilter.Chain) int {
 
 // spread returns which of r.spreads is that of a chain, -1 for none.
 func (r *run) spread(c *netfilter.Chain) int {
-	if r.probing || r.tracing || r.exit != nil {
+	if r.detailed() {
 		return -1
 	}
 	for n := range r.spreads {

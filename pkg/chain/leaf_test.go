@@ -1,8 +1,6 @@
 package chain
 
 import (
-	"os"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -13,10 +11,7 @@ import (
 // Walks that know what an endpoint's chain comes to must come to what those do
 // that go through its rules, for chains that almost are such ones, too.
 func TestLeaves(t *testing.T) {
-	files, err := filepath.Glob("../../testdata/captures/*.save")
-	if err != nil || len(files) == 0 {
-		t.Fatal(files, err)
-	}
+	dumps := captures(t, "*.save")
 	edits := map[string]struct{ match, by string }{
 		"as it is":                            {},
 		"the port stays":                      {`--to-destination (\d\S+):\d+`, "--to-destination $1"},
@@ -49,19 +44,15 @@ func TestLeaves(t *testing.T) {
 	for name, edit := range edits {
 		t.Run(name, func(t *testing.T) {
 			changed := false
-			for _, file := range files {
-				text, err := os.ReadFile(file)
-				if err != nil {
-					t.Fatal(err)
-				}
-				other := string(text)
+			for _, c := range dumps {
+				other := c.text
 				if edit.match != "" {
 					other = regexp.MustCompile(edit.match).ReplaceAllString(other, edit.by)
 				}
-				changed = changed || other != string(text)
-				rs, err := iptables.Parse(strings.NewReader(other), filepath.Base(file))
+				changed = changed || other != c.text
+				rs, err := iptables.Parse(strings.NewReader(other), c.name)
 				if err != nil {
-					t.Fatalf("%s: %v", file, err)
+					t.Fatalf("%s: %v", c.name, err)
 				}
 				_, whole := shortcuts(t, rs)
 				if edit.match == "" {

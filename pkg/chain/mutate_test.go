@@ -4,8 +4,6 @@ import (
 	"encoding/json"
 	"maps"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -22,26 +20,15 @@ import (
 func FuzzMutated(f *testing.F) {
 	var saves []string
 	var lists [][]map[string]any // of nft's objects
-	for _, pattern := range []string{"*.save", "*.json"} {
-		files, err := filepath.Glob("../../testdata/captures/" + pattern)
-		if err != nil || len(files) == 0 {
-			f.Fatal(files, err)
+	for _, c := range captures(f, "*.save") {
+		saves = append(saves, c.text)
+	}
+	for _, c := range captures(f, "*.json") {
+		var list struct{ NFTables []map[string]any }
+		if err := json.Unmarshal([]byte(c.text), &list); err != nil {
+			f.Fatal(c.name, err)
 		}
-		for _, file := range files {
-			text, err := os.ReadFile(file)
-			if err != nil {
-				f.Fatal(err)
-			}
-			if pattern == "*.save" {
-				saves = append(saves, string(text))
-				continue
-			}
-			var list struct{ NFTables []map[string]any }
-			if err := json.Unmarshal(text, &list); err != nil {
-				f.Fatal(file, err)
-			}
-			lists = append(lists, list.NFTables)
-		}
+		lists = append(lists, list.NFTables)
 	}
 	for seed := range uint64(40) {
 		f.Add(seed)

@@ -42,8 +42,8 @@ type tableView struct {
 	leaves  []leaf   // by ChainID
 }
 
-// take works out what there is about a chain.
-func (t *tableView) take(c *netfilter.Chain) {
+// add works out what there is about a chain.
+func (t *tableView) add(c *netfilter.Chain) {
 	t.indexes[c.ID], t.leaves[c.ID] = newIndex(c), leafOf(c)
 	t.leaves[c.ID].sep = strings.HasPrefix(c.Name, "KUBE-SEP-")
 }
@@ -58,7 +58,7 @@ func NewView(rs *netfilter.Ruleset, node Node) *View {
 		for n, t := range rs.Tables {
 			tables[n] = tableView{uint32(n), make([]*index, t.NameCount()), make([]leaf, t.NameCount())}
 			for c := range t.Chains() {
-				tables[n].take(c)
+				tables[n].add(c)
 			}
 		}
 	})
@@ -123,7 +123,7 @@ func (v *View) Next(rs *netfilter.Ruleset, node Node) *View {
 			for _, id := range differ[n] {
 				tv.indexes[id], tv.leaves[id] = nil, leaf{}
 				if c := t.ByID(id); c != nil {
-					tv.take(c)
+					tv.add(c)
 					fv.named.count(c, 1)
 				}
 				if c := byID(v.rules.Tables[n], id); c != nil {

@@ -136,6 +136,10 @@ type run struct {
 	exit      *exit // being recorded
 }
 
+// detailed reports whether more is asked of the walk than where it ends, so that
+// it must go through every rule.
+func (r *run) detailed() bool { return r.probing || r.tracing || r.exit != nil }
+
 // reset makes a run ready for another packet, keeping its memory.
 func (r *run) reset(p netfilter.Packet) {
 	*r = run{packet: p, tracks: r.tracks, ends: r.ends[:0], sensitive: r.sensitive[:0], stack: r.stack[:0], spare: r.spare, splits: r.splits, spreads: r.spreads, exits: r.exits}
@@ -681,7 +685,6 @@ func (r *run) rewrite(ref RuleRef, e netfilter.Expr, s *state) {
 			break
 		}
 		s.flags |= unresolvedTo
-		r.spoil()
 		r.unresolved = appendNew(r.unresolved, ref)
 		if e.N == 1 { // a redirect to one of several ports
 			addr = r.view.node.address(r.family.family)
