@@ -176,8 +176,9 @@ func (f *fixture) addService(recorded object) {
 		add("ExternalIP", number(p, "port"), externalIPs)
 		add("LoadBalancer", number(p, "port"), balancers)
 		if n := number(p, "nodePort"); n != 0 {
-			port["nodePort"] = n + 100*f.number
-			add("NodePort", n+100*f.number, f.node.Addrs)
+			n = f.nodePort(n)
+			port["nodePort"] = n
+			add("NodePort", n, f.node.Addrs)
 		}
 		ports = append(ports, port)
 		f.ready = append(f.ready, s)
@@ -329,6 +330,14 @@ func nth(p netip.Prefix, n int) netip.Addr {
 	b[len(b)-1], b[len(b)-2] = byte(n), b[len(b)-2]+byte(n>>8)
 	a, _ := netip.AddrFromSlice(b)
 	return a
+}
+
+// nodePort returns the copy's own port in place of a recorded one. The API server
+// gives ports that nobody asks for from 30086 on, at random, as long as there are
+// any (ServiceNodePortStaticSubrange): another Service may have one of those.
+func (f *fixture) nodePort(recorded int) int {
+	const each = 28 // ports of a copy, in which the recorded ones stay apart
+	return 30000 + each*f.number + recorded%each
 }
 
 // lastByte returns the last number of an IPv4 address.

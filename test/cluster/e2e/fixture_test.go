@@ -20,6 +20,7 @@ func TestFixtures(t *testing.T) {
 		})
 	}
 	frontends, places := map[string]string{}, map[netip.Addr]string{}
+	nodePorts := map[uint16]string{}
 	for i := range b.Nodes {
 		f, err := newFixture(b, i)
 		if err != nil {
@@ -36,6 +37,16 @@ func TestFixtures(t *testing.T) {
 					t.Errorf("%s of %s is %s's as well", key, s, other)
 				}
 				frontends[key] = s.String()
+				if x.kind == "NodePort" {
+					who := fmt.Sprintf("%s of copy %d", s, i)
+					if other := nodePorts[x.at.Port()]; other != "" && other != who {
+						t.Errorf("the NodePort %d of %s is %s's as well", x.at.Port(), who, other)
+					}
+					if x.at.Port() >= 30086 {
+						t.Errorf("the API server may give the NodePort %d of %s to another", x.at.Port(), who)
+					}
+					nodePorts[x.at.Port()] = who
+				}
 				if x.kind != "NodePort" && !covered(routed, x.at.Addr()) {
 					t.Errorf("nothing routes %s of %s to the node", x.at, s)
 				}
