@@ -331,3 +331,26 @@ func TestChangedWaitsForRules(t *testing.T) {
 		})
 	})
 }
+
+// Rules that follow a change of the API are seen to move sooner than others.
+func TestRulesFollowAPI(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAPI("10.0.0.1", "10.0.0.2")
+		k, r := newKeeper(dump)
+		var changed atomic.Bool
+		k.API, k.Interval = a, time.Hour
+		k.Moved = func() bool { return changed.Swap(false) }
+		during(t, k, func() {
+			time.Sleep(time.Minute)
+			a.want("10.0.0.1", "10.0.0.3")
+			time.Sleep(510 * time.Millisecond) // between two looks of any pace
+			before := r.readings()
+			changed.Store(true)
+			time.Sleep(pollSoon)
+			synctest.Wait()
+			if got := r.readings(); got != before+1 {
+				t.Errorf("%d readings %v after the rules have moved, want 1", got-before, pollSoon)
+			}
+		})
+	})
+}

@@ -60,6 +60,7 @@ type Keeper struct {
 	failed  atomic.Uint64
 	changes atomic.Uint64
 	movedAt time.Time // when Run last saw that rules had moved
+	newsAt  time.Time // when it last saw that the API wants something else
 	foundAt time.Time // when a reading last found others than the one before
 
 	mu      sync.Mutex
@@ -83,7 +84,8 @@ const mostRest = 5 * time.Second
 
 // How often the reader is asked whether rules have moved. The question takes
 // microseconds, but waking up costs a tenth of a millisecond. So it is asked
-// often only for a while after rules have moved: changes come in bursts.
+// often only for a while after rules have moved, since changes come in bursts, and
+// after the API has changed, since rules follow it.
 const (
 	pollPause = 100 * time.Millisecond
 	pollSoon  = 20 * time.Millisecond
@@ -159,7 +161,8 @@ func (k *Keeper) pause(ctx context.Context, rest, long time.Duration) {
 		}
 		switch k.nap(ctx, time.Until(next), changed) {
 		case newsOfAPI:
-			changed, recheck = nil, k.recheckAt(time.Now())
+			k.newsAt = time.Now()
+			changed, recheck = nil, k.recheckAt(k.newsAt)
 		case newsOfEcho:
 			k.echoed()
 		case newsOfDue:
@@ -251,7 +254,7 @@ func (k *Keeper) step(long time.Duration) time.Duration {
 	switch {
 	case k.Moved == nil:
 		return long
-	case time.Since(k.movedAt) < burst:
+	case time.Since(k.movedAt) < burst || time.Since(k.newsAt) < burst:
 		return pollSoon
 	}
 	return pollPause
