@@ -87,7 +87,7 @@ func (o *serveOptions) addFlags(fs *pflag.FlagSet) {
 	o.kube.addFlags(fs)
 	o.echo.addFlags(fs)
 	fs.DurationVar(&o.grace, "grace", defaultGrace, "how long the rules may differ from what the API wants before that is a finding; longer than kube-proxy needs to follow")
-	fs.DurationVar(&o.interval, "interval", 10*time.Second, "least pause between two readings of counters, which take a five-thousandth of the time at most, but are a minute old at most, and of legacy tables; other changes are read at once")
+	fs.DurationVar(&o.interval, "interval", 10*time.Second, "least pause between two readings of counters, which take a five-thousandth of the time at most, but are a minute old at most where somebody reads them, and else four, and of legacy tables; other changes are read at once")
 	fs.DurationVar(&o.conntrack, "conntrack-interval", leastConntrack, "least pause between two looks at the tracked connections, and at whom session affinity binds, of which a fifth is enough after endpoints have gone; they take at most a hundredth of the time, and far less while nobody asks for the JSON or the page; 0 for none")
 	fs.BoolVar(&o.endpointMetrics, "endpoint-metrics", false, "a metric series for each endpoint: very many on a large cluster")
 	fs.StringVar(&o.logFormat, "log-format", "text", "text or json")

@@ -19,6 +19,7 @@ type Source interface {
 	Snapshot() *snapshot.Snapshot // nil before the first reading worked
 	Reads() (ok, failed uint64)
 	Changes() uint64
+	Counted() // told that somebody reads what the rules have counted
 }
 
 // Collector is a prometheus.Collector over the current snapshot.
@@ -87,6 +88,7 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
 	}
+	c.source.Counted()
 	gauge(buildInfo, 1, c.version, runtime.Version())
 	ok, failed := c.source.Reads()
 	counter(reads, ok, "success")

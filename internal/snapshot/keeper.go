@@ -59,9 +59,10 @@ type Keeper struct {
 	reads   atomic.Uint64
 	failed  atomic.Uint64
 	changes atomic.Uint64
-	movedAt time.Time // when Run last saw that rules had moved
-	newsAt  time.Time // when it last saw that the API wants something else
-	foundAt time.Time // when a reading last found others than the one before
+	movedAt time.Time     // when Run last saw that rules had moved
+	newsAt  time.Time     // when it last saw that the API wants something else
+	counted signal.Signal // somebody reads what the rules have counted
+	foundAt time.Time     // when a reading last found others than the one before
 
 	mu      sync.Mutex
 	waiting map[*signal.Signal]bool
@@ -72,10 +73,12 @@ type Keeper struct {
 const busyShare = 10
 
 // countShare does so for readings that find nothing but counters, while no rule
-// has moved for a while; mostCountRest bounds that pause.
+// has moved for a while; mostCountRest bounds that pause. While nobody reads what
+// was counted, it is longer.
 const (
 	countShare    = 5000
 	mostCountRest = time.Minute
+	unreadCounts  = 4 // times
 )
 
 // mostRest bounds that pause where rules have moved: the first reading of a large
@@ -116,11 +119,29 @@ func (k *Keeper) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		start := time.Now()
 		_ = k.Refresh(ctx) // logged, and shown in every output
-		rest := busyShare * time.Since(start)
-		long := max(k.Interval, rest, k.countRest(time.Since(start)))
-		k.pause(ctx, min(rest, mostRest), min(long, max(k.untilTold(long), rest)))
+		k.pause(ctx, k.restsAfter(time.Since(start)))
 	}
 }
+
+// rests are the pauses after a reading, from the shortest to the longest.
+type rests struct {
+	moved time.Duration // when rules have moved
+	read  time.Duration // when somebody reads what they have counted
+	quiet time.Duration // when nothing happens
+}
+
+// restsAfter returns those after a reading that took so long.
+func (k *Keeper) restsAfter(took time.Duration) rests {
+	least := busyShare * took
+	counts := k.countRest(took)
+	read := max(k.Interval, least, counts)
+	told := max(k.untilTold(unreadCounts*read), least)
+	return rests{moved: min(least, mostRest), read: min(read, told), quiet: min(max(read, unreadCounts*counts), told)}
+}
+
+// Counted says that somebody reads what the rules have counted, which is read more
+// rarely while nobody does.
+func (k *Keeper) Counted() { k.counted.Wake() }
 
 // holds is how long a new finding about the rules alone is kept back.
 func (k *Keeper) holds() time.Duration { return min(k.Grace, settled) }
@@ -147,12 +168,13 @@ func (k *Keeper) countRest(took time.Duration) time.Duration {
 	return min(countShare*took, mostCountRest)
 }
 
-// pause waits for so long, or, after a rest, until rules have moved or a
-// difference may count. Meanwhile it takes in what the API and the probes tell.
-func (k *Keeper) pause(ctx context.Context, rest, long time.Duration) {
-	start := time.Now()
-	look := start.Add(max(rest, k.step(long))) // when to ask whether rules have moved
-	var recheck time.Time                      // when to compare with the API; zero for not at all
+// pause waits for a quiet rest, or for a shorter one until rules have moved, a
+// difference may count or somebody reads what was counted. Meanwhile it takes in
+// what the API and the probes tell.
+func (k *Keeper) pause(ctx context.Context, rests rests) {
+	start, long := time.Now(), rests.quiet
+	look := start.Add(max(rests.moved, k.step(long))) // when to ask whether rules have moved
+	var recheck time.Time                             // when to compare with the API; zero for not at all
 	changed := k.changed()
 	for {
 		next := look
@@ -166,7 +188,9 @@ func (k *Keeper) pause(ctx context.Context, rest, long time.Duration) {
 		case newsOfEcho:
 			k.echoed()
 		case newsOfDue:
-			long, look = rest, start.Add(rest)
+			long, look = rests.moved, start.Add(rests.moved)
+		case newsOfReader:
+			long = min(long, rests.read)
 		}
 		if ctx.Err() != nil {
 			return
@@ -196,10 +220,11 @@ func (k *Keeper) pause(ctx context.Context, rest, long time.Duration) {
 type news int
 
 const (
-	noNews     news = iota
-	newsOfAPI       // the API wants something else
-	newsOfEcho      // a probe has told something
-	newsOfDue       // a difference may count, if it is still there
+	noNews       news = iota
+	newsOfAPI         // the API wants something else
+	newsOfEcho        // a probe has told something
+	newsOfDue         // a difference may count, if it is still there
+	newsOfReader      // somebody reads what was counted
 )
 
 // nap waits for so long, or until there is news; see Sleep.
@@ -220,6 +245,8 @@ func (k *Keeper) nap(ctx context.Context, d time.Duration, changed <-chan struct
 		return newsOfEcho
 	case <-k.ripe.C():
 		return newsOfDue
+	case <-k.counted.C():
+		return newsOfReader
 	case <-ctx.Done():
 	case <-timer.C:
 	}
@@ -235,6 +262,8 @@ func (k *Keeper) news(changed <-chan struct{}) news {
 		return newsOfEcho
 	case <-k.ripe.C():
 		return newsOfDue
+	case <-k.counted.C():
+		return newsOfReader
 	default:
 		return noNews
 	}

@@ -409,18 +409,20 @@ func testRunWhenMoved(t *testing.T, sleep func(time.Duration)) {
 }
 
 // TestCountersRest wants readings that find counters only to be rare in proportion
-// to what they take, but not where rules can move unnoticed.
+// to what they take, the more so while nobody reads those, but not where rules can
+// move unnoticed.
 func TestCountersRest(t *testing.T) {
 	for _, test := range []struct {
-		name    string
-		backend netfilter.Backend
-		takes   time.Duration
-		pause   time.Duration
+		name         string
+		backend      netfilter.Backend
+		takes        time.Duration
+		pause, quiet time.Duration
 	}{
-		{"short", netfilter.BackendNFT, time.Millisecond, 5 * time.Second},
-		{"long", netfilter.BackendNFT, 10 * time.Millisecond, countShare * 10 * time.Millisecond},
-		{"very long", netfilter.BackendNFT, 400 * time.Millisecond, mostCountRest},
-		{"legacy", netfilter.BackendLegacy, 10 * time.Millisecond, 5 * time.Second},
+		{"very short", netfilter.BackendNFT, 100 * time.Microsecond, 5 * time.Second, 5 * time.Second},
+		{"short", netfilter.BackendNFT, time.Millisecond, 5 * time.Second, unreadCounts * countShare * time.Millisecond},
+		{"long", netfilter.BackendNFT, 10 * time.Millisecond, countShare * 10 * time.Millisecond, unreadCounts * countShare * 10 * time.Millisecond},
+		{"very long", netfilter.BackendNFT, 400 * time.Millisecond, mostCountRest, unreadCounts * mostCountRest},
+		{"legacy", netfilter.BackendLegacy, 10 * time.Millisecond, 5 * time.Second, 5 * time.Second},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -431,26 +433,41 @@ func TestCountersRest(t *testing.T) {
 				k, r := newKeeper(text)
 				r.takes = test.takes
 				k.Moved = func() bool { return false }
-				ctx, cancel := context.WithCancel(t.Context())
-				done := make(chan struct{})
-				go func() {
-					k.Run(ctx)
-					close(done)
-				}()
-				time.Sleep(5 * time.Minute)
-				cancel()
-				<-done
-				if got := k.Snapshot().Rules.Tables[0].Backend; got != test.backend {
-					t.Fatalf("backend %q, want %q", got, test.backend)
+				last := func() time.Duration {
+					r.mu.Lock()
+					defer r.mu.Unlock()
+					n := len(r.began)
+					return r.began[n-1].Sub(r.began[n-2]) - test.takes
 				}
-				// At first, rules may still be moving.
-				if got := r.began[1].Sub(r.began[0]); got > k.Interval+2*test.takes {
-					t.Errorf("the second reading began %v after the first, want %v", got, k.Interval)
-				}
-				n := len(r.began)
-				if got := r.began[n-1].Sub(r.began[n-2]); got != test.pause+test.takes {
-					t.Errorf("later ones %v after each other, want %v", got, test.pause+test.takes)
-				}
+				during(t, k, func() {
+					time.Sleep(30 * time.Minute)
+					if got := k.Snapshot().Rules.Tables[0].Backend; got != test.backend {
+						t.Fatalf("backend %q, want %q", got, test.backend)
+					}
+					// At first, rules may still be moving.
+					if got := r.began[1].Sub(r.began[0]); got > k.Interval+2*test.takes {
+						t.Errorf("the second reading began %v after the first, want %v", got, k.Interval)
+					}
+					if got := last(); got != test.quiet {
+						t.Errorf("while nobody reads them, a pause of %v, want %v", got, test.quiet)
+					}
+
+					before := r.readings()
+					time.Sleep(mostCountRest + time.Second)
+					asked := r.readings()
+					k.Counted()
+					time.Sleep(test.pause + pollPause)
+					if got := r.readings(); got == asked && asked == before {
+						t.Errorf("no reading %v after somebody has asked", test.pause)
+					}
+					for range 200 {
+						k.Counted()
+						time.Sleep(2 * time.Second)
+					}
+					if got := last(); got != test.pause {
+						t.Errorf("while somebody reads them, a pause of %v, want %v", got, test.pause)
+					}
+				})
 			})
 		})
 	}

@@ -86,7 +86,7 @@ func sameFindings(a, b *observed.Flows) bool {
 // waited for, quietShare does, as long as that is no longer than mostFlowRest.
 const (
 	flowShare    = 100
-	quietShare   = 3000
+	quietShare   = 10_000
 	mostFlowRest = 5 * time.Minute
 )
 
@@ -107,8 +107,11 @@ func (k *Keeper) flowRestsAfter(took time.Duration) flowRests {
 }
 
 // Asked says that somebody reads snapshots: conntrack, which is looked at rarely
-// while nobody does, will be soon.
-func (k *Keeper) Asked() { k.asked.Wake() }
+// while nobody does, will be soon; and so will what the rules have counted.
+func (k *Keeper) Asked() {
+	k.asked.Wake()
+	k.Counted()
+}
 
 // watchTraffic looks at conntrack, and at whom session affinity binds, again and
 // again until the context ends.

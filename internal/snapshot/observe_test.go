@@ -90,7 +90,7 @@ func TestObservedConnections(t *testing.T) {
 
 // Conntrack is looked at no more often than it may be, however long a look takes.
 func TestFlowPause(t *testing.T) {
-	for takes, want := range map[time.Duration]time.Duration{0: 10 * time.Second, 2 * time.Millisecond: 10 * time.Second, 5 * time.Millisecond: 15 * time.Second, 30 * time.Millisecond: 90 * time.Second, 200 * time.Millisecond: 5 * time.Minute, 4 * time.Second: 404 * time.Second} {
+	for takes, want := range map[time.Duration]time.Duration{0: 10 * time.Second, 500 * time.Microsecond: 10 * time.Second, 5 * time.Millisecond: 50 * time.Second, 20 * time.Millisecond: 200 * time.Second, 200 * time.Millisecond: 5 * time.Minute, 4 * time.Second: 404 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {
 			c := &tracked{takes: takes}
 			watching(t, dump, c, func(*Keeper, *script) { time.Sleep(4 * time.Hour) })
