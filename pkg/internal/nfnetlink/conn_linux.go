@@ -37,10 +37,34 @@ type Conn struct {
 	subsys  uint16 // NFNL_SUBSYS_*
 	seq     uint32
 	request []byte // reused
-	buf     []byte // reused
-	brief   bool   // the question at hand is answered at once
+	parts   [atOnce]part
+	got     int  // parts that were received last,
+	used    int  // and how many of those have been looked at
+	brief   bool // the question at hand is answered at once
 	second  *Conn
 }
+
+// atOnce is how many parts of an answer one system call fetches: the rules of
+// most chains are one, and the end of the dump is another.
+const atOnce = 2
+
+// part is a struct mmsghdr: where the kernel puts a part of an answer, and how long
+// that is.
+type part struct {
+	header unix.Msghdr
+	n      uint32
+}
+
+func newPart() part {
+	room := &unix.Iovec{Base: unsafe.SliceData(make([]byte, bufferSize))}
+	room.SetLen(bufferSize)
+	p := part{header: unix.Msghdr{Iov: room}}
+	p.header.SetIovlen(1)
+	return p
+}
+
+// room is all that may be filled.
+func (p *part) room() []byte { return unsafe.Slice(p.header.Iov.Base, bufferSize) }
 
 // dial connects to the network namespace of the calling thread: the kernel ties
 // a socket to the namespace of the thread that makes it. Afterwards the Conn
@@ -59,7 +83,11 @@ func dial(subsys uint16) (*Conn, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("bounding the wait on a netlink socket: %w", err)
 	}
-	return &Conn{fd: fd, subsys: subsys, buf: make([]byte, bufferSize)}, nil
+	c := &Conn{fd: fd, subsys: subsys}
+	for i := range c.parts {
+		c.parts[i] = newPart()
+	}
+	return c, nil
 }
 
 // OpenConntrack connects to the connection tracking of the calling thread's
@@ -295,31 +323,41 @@ func (c *Conn) write() error {
 	}
 }
 
-// receive returns the next messages. read(2) instead of recvmsg(2) saves making
-// an address for each; the kernel cuts no dump part that fits the buffer.
+// receive returns the next messages. They are valid until it has to ask the kernel
+// again.
 func (c *Conn) receive() ([]byte, error) {
-	for {
+	for c.used == c.got {
 		n, err := c.read()
 		switch {
-		case err == nil && n == len(c.buf):
-			return nil, errors.New("netlink: a message longer than any of nf_tables")
 		case err == nil:
-			return c.buf[:n], nil
+			c.got, c.used = n, 0
 		case errors.Is(err, syscall.EAGAIN):
 			return nil, fmt.Errorf("the kernel has not answered over netlink for %d seconds", receiveTimeout)
 		case !errors.Is(err, syscall.EINTR):
 			return nil, fmt.Errorf("reading from netlink: %w", err)
 		}
 	}
+	p := &c.parts[c.used]
+	c.used++
+	if p.header.Flags&unix.MSG_TRUNC != 0 {
+		return nil, errors.New("netlink: a message longer than any of nf_tables")
+	}
+	return p.room()[:p.n], nil
 }
 
+// read fills parts, and returns how many.
 func (c *Conn) read() (n int, err error) {
 	if c.brief { // the answer is mostly there already
-		if n, err := briefly(unix.SYS_RECVFROM, c.fd, c.buf, unix.MSG_DONTWAIT); err == nil {
-			return n, nil
+		if n, err := briefly(unix.SYS_RECVFROM, c.fd, c.parts[0].room(), unix.MSG_DONTWAIT); err == nil {
+			c.parts[0].n, c.parts[0].header.Flags = uint32(n), 0
+			return 1, nil
 		}
 	}
-	return unix.Read(c.fd, c.buf)
+	got, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(c.fd), uintptr(unsafe.Pointer(&c.parts[0])), atOnce, unix.MSG_WAITFORONE, 0, 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(got), nil
 }
 
 // briefly makes a system call on a socket of which the runtime is not told: after a
