@@ -68,8 +68,9 @@ type Keeper struct {
 	waiting map[*signal.Signal]bool
 }
 
-// busyShare bounds the part of the time that is spent reading: the pause after
-// a reading is at least so many times as long as the reading was.
+// busyShare bounds the part of the time that is spent reading rules that have moved,
+// and that for reading all others: the pause between two of a kind is at least so
+// many times as long as the reading was.
 const busyShare = 10
 
 // countShare does so for readings that find nothing but counters, while no rule
@@ -81,8 +82,8 @@ const (
 	unreadCounts  = 4 // times
 )
 
-// mostRest bounds that pause where rules have moved: the first reading of a large
-// table is not to keep the next small change waiting.
+// mostRest bounds that pause where rules have moved: a reading of nearly all of a
+// large table is not to keep the next small change waiting.
 const mostRest = 5 * time.Second
 
 // How often the reader is asked whether rules have moved. The question takes
@@ -116,27 +117,33 @@ func (k *Keeper) Run(ctx context.Context) {
 	if k.Flows != nil {
 		wg.Go(func() { k.watchTraffic(ctx) })
 	}
-	for ctx.Err() == nil {
+	for moved := false; ctx.Err() == nil; {
 		start := time.Now()
 		_ = k.Refresh(ctx) // logged, and shown in every output
-		k.pause(ctx, k.restsAfter(time.Since(start)))
+		moved = k.pause(ctx, k.restsAfter(time.Since(start), moved))
 	}
 }
 
 // rests are the pauses after a reading, from the shortest to the longest.
 type rests struct {
 	moved time.Duration // when rules have moved
+	due   time.Duration // when a difference may count
 	read  time.Duration // when somebody reads what they have counted
 	quiet time.Duration // when nothing happens
 }
 
-// restsAfter returns those after a reading that took so long.
-func (k *Keeper) restsAfter(took time.Duration) rests {
+// restsAfter returns those after a reading that took so long. Unless rules had moved
+// ahead of that, too, they are read at once when they do.
+func (k *Keeper) restsAfter(took time.Duration, moved bool) rests {
 	least := busyShare * took
 	counts := k.countRest(took)
 	read := max(k.Interval, least, counts)
 	told := max(k.untilTold(unreadCounts*read), least)
-	return rests{moved: min(least, mostRest), read: min(read, told), quiet: min(max(read, unreadCounts*counts), told)}
+	out := rests{due: min(least, mostRest), read: min(read, told), quiet: min(max(read, unreadCounts*counts), told)}
+	if moved {
+		out.moved = out.due
+	}
+	return out
 }
 
 // Counted says that somebody reads what the rules have counted, which is read more
@@ -170,8 +177,8 @@ func (k *Keeper) countRest(took time.Duration) time.Duration {
 
 // pause waits for a quiet rest, or for a shorter one until rules have moved, a
 // difference may count or somebody reads what was counted. Meanwhile it takes in
-// what the API and the probes tell.
-func (k *Keeper) pause(ctx context.Context, rests rests) {
+// what the API and the probes tell. It reports whether rules have moved.
+func (k *Keeper) pause(ctx context.Context, rests rests) (moved bool) {
 	start, long := time.Now(), rests.quiet
 	look := start.Add(max(rests.moved, k.step(long))) // when to ask whether rules have moved
 	var recheck time.Time                             // when to compare with the API; zero for not at all
@@ -188,12 +195,12 @@ func (k *Keeper) pause(ctx context.Context, rests rests) {
 		case newsOfEcho:
 			k.echoed()
 		case newsOfDue:
-			long, look = rests.moved, start.Add(rests.moved)
+			long, look = rests.due, start.Add(rests.due)
 		case newsOfReader:
 			long = min(long, rests.read)
 		}
 		if ctx.Err() != nil {
-			return
+			return false
 		}
 		now := time.Now()
 		if !recheck.IsZero() && !now.Before(recheck) {
@@ -206,11 +213,11 @@ func (k *Keeper) pause(ctx context.Context, rests rests) {
 		}
 		left := long - now.Sub(start)
 		if left <= 0 {
-			return
+			return false
 		}
 		if k.Moved != nil && k.Moved() {
 			k.movedAt = now
-			return
+			return true
 		}
 		look = now.Add(min(k.step(left), left))
 	}

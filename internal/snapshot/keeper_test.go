@@ -88,12 +88,15 @@ func (s *script) Read(ctx context.Context) (*netfilter.Ruleset, error) {
 	return iptables.Parse(strings.NewReader(s.text), "dump")
 }
 
-// readings returns how many readings have begun.
-func (s *script) readings() int {
+// starts returns when readings have begun.
+func (s *script) starts() []time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.began)
+	return slices.Clone(s.began)
 }
+
+// readings returns how many have.
+func (s *script) readings() int { return len(s.starts()) }
 
 func newKeeper(text string) (*Keeper, *script) {
 	r := &script{text: text}
@@ -408,6 +411,31 @@ func testRunWhenMoved(t *testing.T, sleep func(time.Duration)) {
 	}
 }
 
+// Rules that move right after a reading of what has not moved are read at once; after
+// one of what has moved, that waits.
+func TestMovedAfterOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k, r := newKeeper(dump)
+		r.takes = 200 * time.Millisecond
+		var changed atomic.Bool
+		k.Moved = func() bool { return changed.Swap(false) }
+		during(t, k, func() {
+			time.Sleep(r.takes)
+			changed.Store(true)
+			time.Sleep(pollPause + r.takes)
+			changed.Store(true)
+			time.Sleep(2 * busyShare * r.takes)
+			began := r.starts()
+			if late := began[1].Sub(began[0].Add(r.takes)); late > pollPause {
+				t.Errorf("read %v after the first reading, want at most %v", late, pollPause)
+			}
+			if late := began[2].Sub(began[1].Add(r.takes)); late < busyShare*r.takes || late > busyShare*r.takes+pollPause {
+				t.Errorf("read %v after what had moved was read, want %v", late, busyShare*r.takes)
+			}
+		})
+	})
+}
+
 // TestCountersRest wants readings that find counters only to be rare in proportion
 // to what they take, the more so while nobody reads those, but not where rules can
 // move unnoticed.
@@ -434,10 +462,9 @@ func TestCountersRest(t *testing.T) {
 				r.takes = test.takes
 				k.Moved = func() bool { return false }
 				last := func() time.Duration {
-					r.mu.Lock()
-					defer r.mu.Unlock()
-					n := len(r.began)
-					return r.began[n-1].Sub(r.began[n-2]) - test.takes
+					began := r.starts()
+					n := len(began)
+					return began[n-1].Sub(began[n-2]) - test.takes
 				}
 				during(t, k, func() {
 					time.Sleep(30 * time.Minute)
@@ -445,7 +472,8 @@ func TestCountersRest(t *testing.T) {
 						t.Fatalf("backend %q, want %q", got, test.backend)
 					}
 					// At first, rules may still be moving.
-					if got := r.began[1].Sub(r.began[0]); got > k.Interval+2*test.takes {
+					began := r.starts()
+					if got := began[1].Sub(began[0]); got > k.Interval+2*test.takes {
 						t.Errorf("the second reading began %v after the first, want %v", got, k.Interval)
 					}
 					if got := last(); got != test.quiet {
