@@ -302,11 +302,12 @@ func routeOf(r *chain.Route) Route {
 		Endpoints: make([]Endpoint, len(r.Endpoints)), Undelivered: r.Undelivered.Float64(),
 		Rejected: r.Rejected.Float64(), Dropped: r.Dropped.Float64(), Unknown: ruleTexts(r.Unknown),
 	}
-	mixed := slices.ContainsFunc(r.Endpoints, func(e chain.Endpoint) bool { return e.Masquerade != r.Masquerade })
+	mixed := slices.ContainsFunc(r.Endpoints, func(e chain.Endpoint) bool { return e.Unmasqueraded })
 	for i, e := range r.Endpoints {
 		ep := Endpoint{Address: addrText(e.Address), Share: e.Share.Float64(), Exact: e.Share.Exact(), Chain: e.Chain, MaxShare: maxOf(e.Share, e.Max)}
 		if mixed {
-			ep.Masquerade = &r.Endpoints[i].Masquerade
+			masquerade := r.MasqueradesTo(e)
+			ep.Masquerade = &masquerade
 		}
 		out.Endpoints[i] = ep
 	}

@@ -142,7 +142,7 @@ func result(e *entry) string {
 			fmt.Fprintln(&b, " unknown", ref.Chain.Name, ref.Index)
 		}
 		for _, ep := range r.Endpoints {
-			fmt.Fprintln(&b, " ", ep.Address, ep.Share.parts, ep.Share.Exact(), ep.Max.parts, ep.Masquerade, ep.Chain)
+			fmt.Fprintln(&b, " ", ep.Address, ep.Share.parts, ep.Share.Exact(), ep.Max.parts, r.MasqueradesTo(ep), ep.Chain)
 		}
 	}
 	chains := slices.SortedFunc(slices.Values(e.trail.chains), func(a, b chainAt) int {

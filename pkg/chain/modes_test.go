@@ -74,7 +74,7 @@ func answers(p *chain.Programmed) []string {
 			for _, r := range f.Routes {
 				line := fmt.Sprintf("%s %s %s %v:%d affinity %d from %v %v: %s", s.ServicePort, s.Protocol, f.Type, f.Address, f.Port, s.AffinitySeconds, r.From, len(r.Sources), r.Verdict)
 				for _, e := range r.Endpoints {
-					line += fmt.Sprintf(" %v=%.8f %v", e.Address, e.Share.Float64(), e.Masquerade)
+					line += fmt.Sprintf(" %v=%.8f %v", e.Address, e.Share.Float64(), r.MasqueradesTo(e))
 				}
 				out = append(out, line)
 			}

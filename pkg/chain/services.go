@@ -77,10 +77,9 @@ type Route struct {
 	Sources []netip.Prefix
 	Verdict RouteVerdict
 	// Masquerade says that the source of connections that reach an endpoint
-	// becomes an address of the node. Where that is so for some endpoints only,
-	// each endpoint says it for itself.
+	// becomes an address of the node, except for those endpoints that say otherwise.
 	Masquerade bool
-	Endpoints  []Endpoint // by address
+	Endpoints  []Endpoint // by address; routes with the same ones share them
 	// Undelivered is the share that reaches no endpoint. Rejected and Dropped
 	// are parts of it; the rest goes on as if the Service did not exist.
 	Undelivered, Rejected, Dropped Share
@@ -102,12 +101,17 @@ const (
 	RouteMixed  RouteVerdict = "mixed"
 )
 
+// MasqueradesTo reports whether connections that reach one of the route's endpoints
+// get an address of the node as their source.
+func (r *Route) MasqueradesTo(e Endpoint) bool { return r.Masquerade && !e.Unmasqueraded }
+
 // Endpoint is one of the addresses that connections are sent to.
 type Endpoint struct {
 	Address    netip.AddrPort
 	Share, Max Share // at least, and at most; they differ only where Route.Unknown is not empty
-	Masquerade bool
-	Chain      string // of the rule that rewrites the destination
+	// Unmasqueraded is set where the route's Masquerade does not hold.
+	Unmasqueraded bool
+	Chain         string // of the rule that rewrites the destination
 }
 
 // entry is one frontend as found in the rules.
@@ -494,6 +498,8 @@ type resolver struct {
 	view    *View
 	run     run
 	scratch []Endpoint // of the route being worked out
+	// Of the frontend being worked out; special are those for particular sources.
+	routes, special []Route
 }
 
 // resolve walks a frontend for every source class, and for every source range
@@ -501,7 +507,12 @@ type resolver struct {
 func (x *resolver) resolve(e *entry) {
 	x.run.tracks.begin()
 	x.run.spreads = x.run.spreads[:0]
-	defer func() { e.trail = x.run.tracks.trail(e.routes) }()
+	routes, special := x.routes[:0], x.special[:0]
+	defer func() {
+		e.routes = slices.Concat(routes, special)
+		e.trail = x.run.tracks.trail(e.routes)
+		x.routes, x.special = routes, special
+	}()
 	to := netip.AddrPortFrom(e.front.Address, e.front.Port)
 	if e.front.Type == NodePort {
 		to = netip.AddrPortFrom(x.nodeAddress(e.front), e.front.Port)
@@ -515,9 +526,8 @@ func (x *resolver) resolve(e *entry) {
 		}
 		route := x.walk(e, packet, class, nil)
 		ranges = x.addRanges(ranges)
-		e.routes, of[i] = addRoute(e.routes, route)
+		routes, of[i] = addRoute(routes, route)
 	}
-	var special []Route
 	for i := 0; i < len(ranges); i++ {
 		p := ranges[i]
 		for _, source := range x.view.standIns(p, ranges) {
@@ -527,12 +537,11 @@ func (x *resolver) resolve(e *entry) {
 			}
 			route := x.walk(e, packet, class, []netip.Prefix{p})
 			ranges = x.addRanges(ranges)
-			if !sameFate(e.routes[of[slices.Index(Classes, class)]], route) {
+			if !sameFate(routes[of[slices.Index(Classes, class)]], route) {
 				special, _ = addRoute(special, route)
 			}
 		}
 	}
-	e.routes = append(e.routes, special...)
 }
 
 // addRanges appends the source ranges that the last walk met. That rules tell
@@ -609,16 +618,22 @@ func addRoute(routes []Route, r Route) ([]Route, int) {
 		}
 		return routes, i
 	}
-	r.Endpoints = slices.Clone(r.Endpoints) // from the scratch list
+	if i := slices.IndexFunc(routes, func(o Route) bool { return slices.Equal(o.Endpoints, r.Endpoints) }); i >= 0 {
+		r.Endpoints = routes[i].Endpoints
+	} else {
+		r.Endpoints = slices.Clone(r.Endpoints) // from the scratch list
+	}
 	return append(routes, r), len(routes)
 }
 
 // sameFate reports whether two routes say the same.
 func sameFate(a, b Route) bool {
 	return a.Verdict == b.Verdict && a.Masquerade == b.Masquerade && a.Undelivered.Cmp(b.Undelivered) == 0 &&
-		slices.EqualFunc(a.Endpoints, b.Endpoints, func(p, q Endpoint) bool {
-			return p.Address == q.Address && p.Masquerade == q.Masquerade && p.Share.Cmp(q.Share) == 0 && p.Max.Cmp(q.Max) == 0
-		}) && slices.Equal(a.Unknown, b.Unknown)
+		slices.EqualFunc(a.Endpoints, b.Endpoints, sameEndpoint) && slices.Equal(a.Unknown, b.Unknown)
+}
+
+func sameEndpoint(p, q Endpoint) bool {
+	return p.Address == q.Address && p.Unmasqueraded == q.Unmasqueraded && p.Share.Cmp(q.Share) == 0 && p.Max.Cmp(q.Max) == 0
 }
 
 // walk follows one packet to a frontend and sums up what becomes of it.
@@ -656,8 +671,9 @@ func (x *resolver) walk(e *entry, p netfilter.Packet, class Class, sources []net
 		route.Undelivered = whole()
 	}
 	route.Verdict = sumUp(worlds)
-	for _, ep := range route.Endpoints {
-		route.Masquerade = route.Masquerade || ep.Masquerade
+	route.Masquerade = slices.ContainsFunc(route.Endpoints, func(ep Endpoint) bool { return !ep.Unmasqueraded })
+	for i := range route.Endpoints {
+		route.Endpoints[i].Unmasqueraded = route.Masquerade && route.Endpoints[i].Unmasqueraded
 	}
 	e.facts.add(x.view, class, sources, worlds, r)
 	return route
@@ -681,7 +697,8 @@ func sumUp(worlds []world) RouteVerdict {
 	return sum
 }
 
-// endpoints sums up the ends of one walk by address, appending to list.
+// endpoints sums up the ends of one walk by address, appending to list; whether the
+// route's connections are masqueraded is not known then, so each endpoint tells.
 func endpoints(list []Endpoint, ends []end) (_ []Endpoint, undelivered Share) {
 	for i := range ends {
 		s := &ends[i]
@@ -693,7 +710,7 @@ func endpoints(list []Endpoint, ends []end) (_ []Endpoint, undelivered Share) {
 		if s.has(unresolvedTo) {
 			to = netip.AddrPort{}
 		}
-		list = append(list, Endpoint{Address: to, Share: s.share, Max: s.share, Masquerade: s.has(masqueraded), Chain: s.by.Chain.Name})
+		list = append(list, Endpoint{Address: to, Share: s.share, Max: s.share, Unmasqueraded: !s.has(masqueraded), Chain: s.by.Chain.Name})
 	}
 	slices.SortStableFunc(list, func(a, b Endpoint) int { return a.Address.Compare(b.Address) })
 	// A pod may be reached through two chains.
@@ -702,7 +719,7 @@ func endpoints(list []Endpoint, ends []end) (_ []Endpoint, undelivered Share) {
 		if n := len(out); n > 0 && out[n-1].Address == ep.Address {
 			out[n-1].Share = out[n-1].Share.plus(ep.Share)
 			out[n-1].Max = out[n-1].Share
-			out[n-1].Masquerade = out[n-1].Masquerade || ep.Masquerade
+			out[n-1].Unmasqueraded = out[n-1].Unmasqueraded && ep.Unmasqueraded
 			continue
 		}
 		out = append(out, ep)

@@ -320,14 +320,14 @@ func tellRoute(r chain.Route) string {
 	words := []string{string(r.Verdict)}
 	every := true
 	for _, ep := range r.Endpoints {
-		every = every && ep.Masquerade
+		every = every && r.MasqueradesTo(ep)
 	}
 	if r.Masquerade && every {
 		words = append(words, "masq")
 	}
 	for _, ep := range r.Endpoints {
 		to := shortAddr(ep.Address)
-		if ep.Masquerade && !every {
+		if r.MasqueradesTo(ep) && !every {
 			to += "(masq)"
 		}
 		words = append(words, to+"="+shareRange(ep.Share, ep.Max))

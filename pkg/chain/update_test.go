@@ -166,7 +166,7 @@ func told(p *chain.Programmed) []string {
 			for _, r := range f.Routes {
 				out = append(out, fmt.Sprint(r.From, r.Sources, r.Verdict, r.Masquerade, r.Undelivered.Exact(), r.Rejected.Exact(), r.Dropped.Exact(), rules(r.Unknown)))
 				for _, e := range r.Endpoints {
-					out = append(out, fmt.Sprint(e.Address, e.Share.Exact(), e.Max.Exact(), e.Masquerade, e.Chain))
+					out = append(out, fmt.Sprint(e.Address, e.Share.Exact(), e.Max.Exact(), r.MasqueradesTo(e), e.Chain))
 				}
 			}
 		}

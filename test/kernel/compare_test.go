@@ -133,7 +133,7 @@ func (w *world) byRoute(t *testing.T, c cell) expected {
 	}
 	want := expected{}
 	for _, e := range r.Endpoints {
-		want[w.answer(c, e.Address, e.Masquerade)] += e.Share.Float64()
+		want[w.answer(c, e.Address, r.MasqueradesTo(e))] += e.Share.Float64()
 	}
 	if r.Undelivered.IsZero() {
 		return want
