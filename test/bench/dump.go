@@ -6,7 +6,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -110,6 +112,44 @@ func (d *dumper) dump(kind int, attrs []byte, each func(attrs []byte)) error {
 			part = part[min((size+3)&^3, len(part)):]
 		}
 	}
+}
+
+// bareLooks returns the part of a core that a thread takes that asks for the
+// generation of nf_tables ten times a second, and sleeps in between.
+func bareLooks(d time.Duration) (float64, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	k, err := newDumper()
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(k.fd)
+	native := binary.NativeEndian
+	ask := native.AppendUint32(nil, 20)
+	ask = native.AppendUint16(ask, unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETGEN)
+	ask = native.AppendUint16(ask, unix.NLM_F_REQUEST)
+	ask = append(ask, 1, 0, 0, 0, 0, 0, 0, 0, unix.NFPROTO_UNSPEC, 0, 0, 0)
+	nap := unix.NsecToTimespec(int64(100 * time.Millisecond))
+	before, start := threadTime(), time.Now()
+	for time.Since(start) < d {
+		if err := unix.Nanosleep(&nap, nil); err != nil && !errors.Is(err, unix.EINTR) {
+			return 0, err
+		}
+		if _, err := unix.Write(k.fd, ask); err != nil {
+			return 0, err
+		}
+		if _, err := unix.Read(k.fd, k.buf); err != nil {
+			return 0, err
+		}
+	}
+	return float64(threadTime()-before) / float64(time.Since(start)), nil
+}
+
+// threadTime returns how long the calling thread has run on a processor.
+func threadTime() time.Duration {
+	var t unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t)
+	return time.Duration(t.Nano())
 }
 
 func attr(b []byte, kind uint16, name string) []byte {
