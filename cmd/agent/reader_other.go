@@ -18,7 +18,7 @@ func newReader(string) (snapshot.Reader, error) { return iptables.NewExec() }
 func newFlowReader() snapshot.FlowReader { return nil }
 
 // newSleep returns nil: only who reads Linux's kernel wakes up so often.
-func newSleep() func(time.Duration) { return nil }
+func newSleep() (sleep func(time.Duration), wake func()) { return nil, nil }
 
 // giveWay does nothing: the agent runs on nodes, which run Linux.
 func giveWay() error { return nil }

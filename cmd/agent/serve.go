@@ -165,7 +165,8 @@ func serve(ctx context.Context, src source, opts serveOptions, log *slog.Logger)
 	}
 	keeper := &snapshot.Keeper{Reader: reader, Node: about, Name: src.name, Backend: backend, Interval: opts.interval, Log: log}
 	if r, ok := reader.(interface{ Moved() bool }); ok {
-		keeper.Moved, keeper.Sleep = r.Moved, newSleep()
+		keeper.Moved = r.Moved
+		keeper.Sleep, keeper.Wake = newSleep()
 	}
 	if r, ok := reader.(interface{ First(chains []string) }); ok {
 		keeper.First = r.First

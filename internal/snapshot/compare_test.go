@@ -332,24 +332,70 @@ func TestChangedWaitsForRules(t *testing.T) {
 	})
 }
 
-// Rules that follow a change of the API are seen to move sooner than others.
+// Rules that follow a change of the API are seen to move sooner than others: its news
+// ends a wait.
 func TestRulesFollowAPI(t *testing.T) {
+	for name, thread := range map[string]bool{"timer": false, "thread": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := newAPI("10.0.0.1", "10.0.0.2")
+				k, r := newKeeper(dump)
+				if thread {
+					woken := make(chan struct{}, 1)
+					k.Wake = func() { woken <- struct{}{} }
+					k.Sleep = func(d time.Duration) {
+						select {
+						case <-woken:
+						case <-time.After(d):
+						}
+					}
+				}
+				var changed atomic.Bool
+				k.API, k.Interval = a, time.Hour
+				k.Moved = func() bool { return changed.Swap(false) }
+				during(t, k, func() {
+					time.Sleep(time.Minute + 10*time.Millisecond) // between two looks of any pace
+					before := r.readings()
+					a.want("10.0.0.1", "10.0.0.3")
+					synctest.Wait()
+					changed.Store(true)
+					time.Sleep(pollSoon)
+					synctest.Wait()
+					if got := r.readings(); got != before+1 {
+						t.Errorf("%d readings %v after the rules have moved, want 1", got-before, pollSoon)
+					}
+				})
+			})
+		})
+	}
+}
+
+// While the API tells of what is to come, the reader is asked half as often whether
+// rules have moved.
+func TestPolls(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newAPI("10.0.0.1", "10.0.0.2")
-		k, r := newKeeper(dump)
-		var changed atomic.Bool
+		k, _ := newKeeper(dump)
+		var asked atomic.Int64
 		k.API, k.Interval = a, time.Hour
-		k.Moved = func() bool { return changed.Swap(false) }
+		k.Moved = func() bool {
+			asked.Add(1)
+			return false
+		}
 		during(t, k, func() {
+			in := func(d time.Duration) int64 {
+				before := asked.Load()
+				time.Sleep(d)
+				synctest.Wait()
+				return asked.Load() - before
+			}
 			time.Sleep(time.Minute)
-			a.want("10.0.0.1", "10.0.0.3")
-			time.Sleep(510 * time.Millisecond) // between two looks of any pace
-			before := r.readings()
-			changed.Store(true)
-			time.Sleep(pollSoon)
-			synctest.Wait()
-			if got := r.readings(); got != before+1 {
-				t.Errorf("%d readings %v after the rules have moved, want 1", got-before, pollSoon)
+			if got, want := in(time.Minute), int64(time.Minute/pollTold); got < want-1 || got > want+1 {
+				t.Errorf("asked %d times a minute, want %d", got, want)
+			}
+			a.disconnect(true)
+			if got, least := in(time.Minute), int64(time.Minute/pollPause); got < least-1 {
+				t.Errorf("asked %d times a minute without the API, want %d", got, least)
 			}
 		})
 	})

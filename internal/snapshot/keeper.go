@@ -36,8 +36,9 @@ type Keeper struct {
 	// all is read at once.
 	First func(chains []string)
 	// Sleep waits for so long, at less cost than a timer, since ten times a second;
-	// nil for a timer. News waits until it is over.
+	// nil for a timer. Wake ends it, for news of the API; others wait until it is over.
 	Sleep func(time.Duration)
+	Wake  func()
 	// API is what the rules are compared with; nil for nothing. A difference is a
 	// finding after Grace; what the rules alone show, after a few seconds at most.
 	API   API
@@ -61,6 +62,7 @@ type Keeper struct {
 	changes atomic.Uint64
 	movedAt time.Time     // when Run last saw that rules had moved
 	newsAt  time.Time     // when it last saw that the API wants something else
+	wanted  signal.Signal // the API wants something else
 	counted signal.Signal // somebody reads what the rules have counted
 	foundAt time.Time     // when a reading last found others than the one before
 
@@ -89,10 +91,12 @@ const mostRest = 5 * time.Second
 // How often the reader is asked whether rules have moved. The question takes
 // microseconds, but waking up costs a tenth of a millisecond. So it is asked
 // often only for a while after rules have moved, since changes come in bursts, and
-// after the API has changed, since rules follow it.
+// after the API has changed, since rules follow it. While that tells what is to come,
+// it is asked the more rarely otherwise.
 const (
 	pollPause = 100 * time.Millisecond
 	pollSoon  = 20 * time.Millisecond
+	pollTold  = 200 * time.Millisecond
 	burst     = 10 * time.Second
 )
 
@@ -113,6 +117,7 @@ func (k *Keeper) Run(ctx context.Context) {
 	defer wg.Wait()
 	if k.API != nil {
 		wg.Go(func() { k.keepConfirmed(ctx) })
+		wg.Go(func() { k.heedAPI(ctx) })
 	}
 	if k.Flows != nil {
 		wg.Go(func() { k.watchTraffic(ctx) })
@@ -192,6 +197,9 @@ func (k *Keeper) pause(ctx context.Context, rests rests) (moved bool) {
 		case newsOfAPI:
 			k.newsAt = time.Now()
 			changed, recheck = nil, k.recheckAt(k.newsAt)
+			if soon := k.newsAt.Add(pollSoon); k.Moved != nil && soon.Before(look) && soon.After(start.Add(rests.moved)) {
+				look = soon
+			}
 		case newsOfEcho:
 			k.echoed()
 		case newsOfDue:
@@ -236,7 +244,7 @@ const (
 
 // nap waits for so long, or until there is news; see Sleep.
 func (k *Keeper) nap(ctx context.Context, d time.Duration, changed <-chan struct{}) news {
-	if k.Sleep != nil && d <= pollPause {
+	if k.Sleep != nil && d <= pollTold {
 		if n := k.news(changed); n != noNews {
 			return n
 		}
@@ -276,12 +284,27 @@ func (k *Keeper) news(changed <-chan struct{}) news {
 	}
 }
 
-// changed gets a value when the API wants something else; nil without an API.
-func (k *Keeper) changed() <-chan struct{} {
-	if k.API == nil {
-		return nil
+// changed gets a value when the API wants something else.
+func (k *Keeper) changed() <-chan struct{} { return k.wanted.C() }
+
+// heedAPI has pause take in each change of the API, or several together, at once.
+func (k *Keeper) heedAPI(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-k.API.Changed():
+		}
+		k.wanted.Wake()
+		if k.Wake != nil {
+			k.Wake()
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pollSoon):
+		}
 	}
-	return k.API.Changed()
 }
 
 // step returns how long to wait before the next look, when nothing is expected
@@ -292,8 +315,19 @@ func (k *Keeper) step(long time.Duration) time.Duration {
 		return long
 	case time.Since(k.movedAt) < burst || time.Since(k.newsAt) < burst:
 		return pollSoon
+	case k.told():
+		return pollTold
 	}
 	return pollPause
+}
+
+// told reports whether the API tells of what kube-proxy is to write.
+func (k *Keeper) told() bool {
+	if k.API == nil {
+		return false
+	}
+	s := k.API.Status()
+	return s.Synced && s.Error == ""
 }
 
 // Refresh reads once. When that fails, the last good snapshot stays, marked

@@ -101,6 +101,12 @@ func measureBeside(ctx context.Context, program, programs, layout string, servic
 		return err
 	}
 	memory := memoryOf(proxy.Process.Pid)
+	const atRest = 2 * time.Minute
+	before, began := whole.cpu(), time.Now()
+	if err := sleep(ctx, atRest); err != nil {
+		return err
+	}
+	busy := float64(whole.cpu()-before) / float64(time.Since(began))
 	watch := func() (time.Duration, error) { // the rules follow meanwhile
 		const watched = 15 * time.Second
 		before := whole.cpu()
@@ -130,6 +136,7 @@ func measureBeside(ctx context.Context, program, programs, layout string, servic
 	fmt.Printf("| kube-proxy, memory | %s | 1 |  |\n", kib(memory))
 	fmt.Printf("| agent serve, memory | %s | %.2f | 1.0 |\n", kib(whole.memory()), float64(whole.memory())/float64(memory))
 	fmt.Printf("| agent serve without the API, memory | %s | %.2f |  |\n", kib(alone.memory()), float64(alone.memory())/float64(memory))
+	fmt.Printf("| agent serve, processor over %v at rest | %.2f %% of a core |  |  |\n", atRest, 100*busy)
 	fmt.Printf("| agent serve, processor for one change of the API and of the rules | %s |  |  |\n", short(median(costs)))
 	alone.stop()
 	without, with, err := c.syncTimes(ctx, whole, endpoints)
