@@ -90,8 +90,17 @@ func (s state) why() string {
 // plan says which rules count for which endpoint of a ruleset.
 type plan struct {
 	layout *layout
-	rules  []rule  // in the order of the ruleset
+	sent   []rule  // all that send to an endpoint, by port
+	starts []int32 // of each port's in sent; one more than ports
+	rules  []rule  // those that count, in the order of the ruleset
 	states []state // by endpoint
+}
+
+// earlier is what there was before a plan is made.
+type earlier struct {
+	rules      *netfilter.Ruleset
+	programmed *chain.Programmed
+	plan       *plan
 }
 
 // rule is one that counts the connections to an endpoint.
@@ -115,18 +124,77 @@ func (r rule) compare(o rule) int {
 }
 
 // newPlan finds the rule of each endpoint: the DNAT of its KUBE-SEP chain, which
-// all ways lead through, those of session affinity too.
-func newPlan(rs *netfilter.Ruleset, p *chain.Programmed) *plan {
-	l, spots := newLayout(p)
-	out := &plan{layout: l, states: slices.Repeat([]state{counted}, len(l.endpoints))}
-	out.rules = make([]rule, 0, len(spots))
-	for _, s := range spots {
-		if st := out.find(rs, s); st != counted {
-			out.states[s.endpoint] = st
+// all ways lead through, those of session affinity too. Of Services that are as they
+// were, it takes over what the earlier plan says, if there is one.
+func newPlan(rs *netfilter.Ruleset, p *chain.Programmed, was *earlier) *plan {
+	n := newNumbering(len(p.Services))
+	out := &plan{layout: n.layout, starts: make([]int32, 1, len(p.Services)+1)}
+	if was != nil && sameLine(rs, was.rules) {
+		out.states, out.sent = make([]state, 0, len(was.plan.states)), make([]rule, 0, len(was.plan.sent))
+		n.endpoints = make([]netip.AddrPort, 0, len(was.plan.states))
+	} else {
+		was = nil
+	}
+	var spots []spot
+	port := 0 // of the earlier plan
+	for i := range p.Services {
+		s := &p.Services[i]
+		for was != nil && port < len(was.plan.layout.ports) && was.plan.layout.ports[port].Compare(s.ServicePort) < 0 {
+			port++
 		}
+		if was == nil || !out.keep(rs, s, was, port) {
+			spots = n.add(s, spots[:0])
+			for len(out.states) < len(n.endpoints) {
+				out.states = append(out.states, counted)
+			}
+			for _, at := range spots {
+				if st := out.find(rs, at); st != counted {
+					out.states[at.endpoint] = st
+				}
+			}
+		}
+		out.starts = append(out.starts, int32(len(out.sent)))
 	}
 	out.part()
 	return out
+}
+
+// keep takes over what an earlier plan says of a port of that number, and reports
+// whether it did: when the Service and the chains that send to its endpoints are as
+// they were.
+func (p *plan) keep(rs *netfilter.Ruleset, s *chain.Service, was *earlier, port int) bool {
+	old := was.plan
+	if port == len(old.layout.ports) || old.layout.ports[port] != s.ServicePort || !sameRoutes(s, &was.programmed.Services[port]) {
+		return false
+	}
+	sent := old.sent[old.starts[port]:old.starts[port+1]]
+	for _, r := range sent {
+		now, then := rs.Tables[r.table].ByID(r.chain), was.rules.Tables[r.table].ByID(r.chain)
+		if now != then && (now == nil || now.Version() != then.Version()) {
+			return false
+		}
+	}
+	shift := int32(len(p.layout.endpoints)) - old.layout.starts[port]
+	for _, r := range sent {
+		r.endpoint += shift
+		p.sent = append(p.sent, r)
+	}
+	for _, st := range old.states[old.layout.starts[port]:old.layout.starts[port+1]] {
+		if st == shared {
+			st = counted // until part says otherwise
+		}
+		p.states = append(p.states, st)
+	}
+	p.layout.endpoints = append(p.layout.endpoints, old.layout.of(port)...)
+	p.layout.end(s.ServicePort)
+	return true
+}
+
+// sameRoutes reports whether the routes of two Services are the very same.
+func sameRoutes(a, b *chain.Service) bool {
+	return slices.EqualFunc(a.Frontends, b.Frontends, func(f, g chain.Frontend) bool {
+		return len(f.Routes) == len(g.Routes) && (len(f.Routes) == 0 || &f.Routes[0] == &g.Routes[0])
+	})
 }
 
 // find adds the rules of a chain that send to an endpoint.
@@ -151,7 +219,7 @@ func (p *plan) find(rs *netfilter.Ruleset, s spot) state {
 			return noCounters
 		}
 		out = counted
-		p.rules = append(p.rules, rule{int32(i), int32(index), c.ID, s.endpoint})
+		p.sent = append(p.sent, rule{int32(i), int32(index), c.ID, s.endpoint})
 	}
 	return out
 }
@@ -169,6 +237,7 @@ func mayCount(t *netfilter.Table, chain string) bool {
 // part sorts the rules, and leaves out those that do not count for one endpoint
 // alone.
 func (p *plan) part() {
+	p.rules = slices.Clone(p.sent)
 	slices.SortFunc(p.rules, rule.compare)
 	p.rules = slices.Compact(p.rules)
 	same := func(a, b rule) bool { return a.table == b.table && a.chain == b.chain && a.index == b.index }
@@ -204,7 +273,7 @@ func ruleTo(c *netfilter.Chain, a netip.AddrPort) int {
 // Count returns what stands in the rules: the connections since each chain was
 // written.
 func Count(rs *netfilter.Ruleset, p *chain.Programmed) *Connections {
-	c := &Connections{plan: newPlan(rs, p)}
+	c := &Connections{plan: newPlan(rs, p, nil)}
 	c.counts, c.totals = make([]uint64, len(c.plan.states)), make([]uint64, len(c.plan.layout.ports))
 	c.add(rs, func(_ rule, now uint64) uint64 { return now })
 	return c
@@ -256,7 +325,7 @@ func (c *Counter) Update(rs *netfilter.Ruleset, p *chain.Programmed, at time.Tim
 	switch {
 	case rs == c.rules:
 	case c.rules == nil:
-		now := &Connections{Since: at, plan: newPlan(rs, p)}
+		now := &Connections{Since: at, plan: newPlan(rs, p, nil)}
 		now.counts, now.totals = make([]uint64, len(now.plan.states)), make([]uint64, len(now.plan.layout.ports))
 		c.now, c.gone, c.gonePorts = now, map[goneEndpoint]gone{}, map[chain.ServicePort]gone{}
 	case p == c.programmed && sameLine(rs, c.rules):
@@ -312,7 +381,7 @@ func increase(before, now uint64) uint64 {
 // replan counts for other rules than before. A rule is the same when it stands in
 // a chain of the same name and sends to the same address, wherever in the chain.
 func (c *Counter) replan(rs *netfilter.Ruleset, p *chain.Programmed, at time.Time) {
-	next := &Connections{Since: c.now.Since, plan: newPlan(rs, p)}
+	next := &Connections{Since: c.now.Since, plan: newPlan(rs, p, &earlier{c.rules, c.programmed, c.now.plan})}
 	next.counts, next.totals = make([]uint64, len(next.plan.states)), make([]uint64, len(next.plan.layout.ports))
 	c.carry(next, at)
 	tables := make([]*netfilter.Table, len(rs.Tables)) // as they were
@@ -329,7 +398,13 @@ func (c *Counter) replan(rs *netfilter.Ruleset, p *chain.Programmed, at time.Tim
 			return now
 		}
 		ch := rs.Tables[r.table].ByID(r.chain)
-		last := tables[r.table].Lookup(ch.Name)
+		var last *netfilter.Chain
+		switch t := tables[r.table]; {
+		case !rs.Tables[r.table].Revises(t):
+			last = t.Lookup(ch.Name)
+		case int(r.chain) < t.NameCount(): // its numbers are the same
+			last = t.ByID(r.chain)
+		}
 		if last == nil {
 			return now
 		}

@@ -23,29 +23,49 @@ type spot struct {
 
 // newLayout numbers what the rules have, and lists the chains that send there.
 func newLayout(p *chain.Programmed) (*layout, []spot) {
-	l := &layout{ports: make([]chain.ServicePort, len(p.Services)), starts: make([]int32, len(p.Services)+1)}
+	n := newNumbering(len(p.Services))
 	var spots []spot
-	var all []chain.Endpoint // of a port
 	for i := range p.Services {
-		s := &p.Services[i]
-		l.ports[i] = s.ServicePort
-		all = endpointsOf(all[:0], s)
-		for _, e := range all {
-			if !e.Address.IsValid() {
-				continue // one of a range
-			}
-			n := int32(len(l.endpoints)) - 1
-			if n < l.starts[i] || l.endpoints[n] != e.Address {
-				l.endpoints = append(l.endpoints, e.Address)
-				n++
-			}
-			if len(spots) == 0 || spots[len(spots)-1] != (spot{n, e.Chain}) {
-				spots = append(spots, spot{n, e.Chain})
-			}
-		}
-		l.starts[i+1] = int32(len(l.endpoints))
+		spots = n.add(&p.Services[i], spots)
 	}
-	return l, spots
+	return n.layout, spots
+}
+
+// numbering makes a layout, port by port.
+type numbering struct {
+	*layout
+	all []chain.Endpoint // of a port; reused
+}
+
+func newNumbering(ports int) numbering {
+	return numbering{layout: &layout{ports: make([]chain.ServicePort, 0, ports), starts: make([]int32, 1, ports+1)}}
+}
+
+// add numbers the endpoints of the next port, and appends the chains that send there
+// to spots.
+func (l *numbering) add(s *chain.Service, spots []spot) []spot {
+	first := int32(len(l.endpoints))
+	l.all = endpointsOf(l.all[:0], s)
+	for _, e := range l.all {
+		if !e.Address.IsValid() {
+			continue // one of a range
+		}
+		n := int32(len(l.endpoints)) - 1
+		if n < first || l.endpoints[n] != e.Address {
+			l.endpoints = append(l.endpoints, e.Address)
+			n++
+		}
+		if len(spots) == 0 || spots[len(spots)-1] != (spot{n, e.Chain}) {
+			spots = append(spots, spot{n, e.Chain})
+		}
+	}
+	l.end(s.ServicePort)
+	return spots
+}
+
+// end ends the endpoints of a port.
+func (l *layout) end(p chain.ServicePort) {
+	l.ports, l.starts = append(l.ports, p), append(l.starts, int32(len(l.endpoints)))
 }
 
 // port returns the number of a Service port; -1 when it is not there.
@@ -80,6 +100,7 @@ func endpointsOf(all []chain.Endpoint, s *chain.Service) []chain.Endpoint {
 			case len(list) == 0:
 			case first == nil:
 				first, all = list, append(all, list...)
+			case &list[0] == &first[0] && len(list) == len(first):
 			case !slices.EqualFunc(list, first, func(a, b chain.Endpoint) bool { return a.Address == b.Address && a.Chain == b.Chain }):
 				mixed, all = true, append(all, list...)
 			}

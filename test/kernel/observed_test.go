@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os/exec"
@@ -371,4 +372,73 @@ func TestObservedPinsNFTables(t *testing.T) {
 	want("no set", none, 0, false)
 	time.Sleep(2500 * time.Millisecond)
 	want("the time of two has passed", bound, 1, true)
+}
+
+// TestObservedFollows changes some Services among others, and rules by hand, and wants
+// the counter to count for the same endpoints as one that sees the rules for the first
+// time.
+func TestObservedFollows(t *testing.T) {
+	const seed = 3
+	r := rand.New(rand.NewPCG(seed, 1))
+	w := newWorld(t, nodebox.NFT, kubeproxy.IPv4)
+	var kernel iptables.NFT
+	defer kernel.Close()
+	reader := boxReader{w.box.Node, kernel.Refresh}
+	services := kubeproxy.Synthetic(60, 4)
+	var counter observed.Counter
+	var view *chain.View
+	var programmed *chain.Programmed
+	for i := range 40 {
+		services = slices.Clone(services)
+		for range r.IntN(4) {
+			s := &services[r.IntN(len(services))]
+			s.Endpoints = nil
+			for e := range r.IntN(5) {
+				s.Endpoints = append(s.Endpoints, kubeproxy.Endpoint{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 200, byte(r.IntN(3)), byte(e)}), 8080)})
+			}
+		}
+		if r.IntN(3) == 0 {
+			services = slices.Delete(services, 0, 1)
+		}
+		w.restore(t, services...)
+		rs, err := reader.Read(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		// By hand: a rule ahead of an endpoint's, or two that one endpoint shares.
+		var seps []string
+		for c := range rs.Table(netfilter.IPv4, "nat").Chains() {
+			if strings.HasPrefix(c.Name, "KUBE-SEP-") {
+				seps = append(seps, c.Name)
+			}
+		}
+		args := []string{"-t", "nat", "-I", seps[r.IntN(len(seps))], "-s", "192.0.2.1"}
+		if r.IntN(2) == 0 {
+			args = append(args, "-j", seps[r.IntN(len(seps))])
+		}
+		if args[3] != args[len(args)-1] {
+			if err := w.box.Node.Run(exec.Command("iptables-nft", args...)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if rs, err = reader.Read(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if node := (chain.Node{Local: []netip.Addr{w.node}}); view == nil {
+			view = chain.NewView(rs, node)
+			programmed = view.Services()
+		} else {
+			view = view.Next(rs, node)
+			programmed = view.Update(programmed)
+		}
+		got, want := counter.Update(rs, programmed, time.Now()), observed.Count(rs, programmed)
+		for _, s := range programmed.Services {
+			a, okA := got.Of(s.ServicePort)
+			b, okB := want.Of(s.ServicePort)
+			same := slices.EqualFunc(a.Endpoints, b.Endpoints, func(x, y observed.EndpointConnections) bool { return x.Address == y.Address && x.Counted == y.Counted })
+			if okA != okB || a.NotCounted != b.NotCounted || !same {
+				t.Fatalf("change %d, %v: %+v, want %+v", i, s.ServicePort, a, b)
+			}
+		}
+	}
 }
