@@ -91,7 +91,7 @@ const (
 // Attribute types of nf_tables.h, where golang.org/x/sys/unix or this file's
 // readers need a number. They are part of the kernel's interface.
 const (
-	nftaRuleTable, nftaRuleChain, nftaRuleExpressions, nftaRuleUserData = 1, 2, 4, 7
+	nftaRuleTable, nftaRuleChain, nftaRuleHandle, nftaRuleExpressions, nftaRuleUserData = 1, 2, 3, 4, 7
 
 	nftaExprName, nftaExprData = 1, 2
 

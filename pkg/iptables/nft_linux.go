@@ -47,11 +47,14 @@ func (n *NFT) Refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 	return n.follower.Refresh(ctx)
 }
 
-// First names chains of table nat to look at before the others when the rules
-// have changed next time. If those have, that Refresh returns as soon as it has
-// read them and the chains of their endpoints, and the one after it returns the
-// rest; until then Moved stays true. Names of chains that do not exist do no harm.
-func (n *NFT) First(chains []string) { n.stepper.first = chains }
+// First has Refresh return early what is quick to tell, when the rules have
+// changed; the one after it returns the rest, and until then Moved stays true. That is,
+// if they have changed, the chains of table nat that it names, and the chains of their
+// endpoints. Otherwise, in a large table, it is all chains but endpoints' that have
+// more or fewer rules than before or another last one, and the endpoints behind them:
+// nearly always all that has changed. Chains that no jump leads to any more may be left
+// over then. Names of chains that do not exist do no harm.
+func (n *NFT) First(chains []string) { n.stepper.first, n.stepper.early = chains, true }
 
 // Moved reports whether the rules have changed since the last Refresh, or could
 // not be asked for. It takes some three microseconds. Counters are no rules.

@@ -279,6 +279,104 @@ func TestNFTFirst(t *testing.T) {
 	}
 }
 
+// TestNFTGlance changes large tables in ways of kube-proxy and by hand, and wants the
+// next Refresh to tell them, and the one after it to tell what Read tells.
+func TestNFTGlance(t *testing.T) {
+	b := newNode(t, nftPrograms...)
+	services := kubeproxy.Synthetic(150, 10)
+	dump := written(t, services)
+	loadNFT(t, b, false, dump)
+	chains := slices.DeleteFunc(sortedKeys(chainLines(dump)), func(k chainKey) bool {
+		return !strings.HasPrefix(k.chain, "KUBE-SVC-") || len(chainLines(dump)[k]) < 10
+	})
+	hand := func(args ...string) func() {
+		return func() { run(t, b, "iptables-nft", append([]string{"-w", "-t", "nat"}, args...)...) }
+	}
+	services = slices.Clone(services)
+	sync := func(change func()) func() {
+		return func() {
+			change()
+			after := written(t, services)
+			feed(t, b, partial(dump, after), "iptables-nft-restore", "--noflush", "--counters")
+			dump = after
+		}
+	}
+	to := func(addr string) []kubeproxy.Endpoint {
+		return []kubeproxy.Endpoint{{Addr: netip.MustParseAddrPort(addr)}}
+	}
+	reply := []string{"-m", "comment", "--comment", "by hand", "-j", "RETURN"}
+	var n NFT
+	defer n.Close()
+	n.First(nil)
+	refreshNFT(t, b, &n)
+	for _, tt := range []struct {
+		name   string
+		change func()
+		whole  bool // nothing is left to the Refresh after
+	}{
+		{"another endpoint", sync(func() { services[1].Endpoints = to("10.200.0.1:8080") }), false},
+		{"as many endpoints", sync(func() { services[2].Endpoints[0].Addr = netip.MustParseAddrPort("10.200.0.2:8080") }), false},
+		{"no endpoint", sync(func() { services[3].Endpoints = nil }), false},
+		{"a Service less", sync(func() { services = services[1:] }), false},
+		{"a Service more", sync(func() { services = append(kubeproxy.Synthetic(1, 10), services...) }), false},
+		{"session affinity", sync(func() { services[5].AffinitySeconds = 600 }), false},
+		{"everything anew, as it was", func() { loadNFT(t, b, false, dump) }, true},
+		{"a rule more at the end", hand(append([]string{"-A", chains[7].chain}, reply...)...), false},
+		{"and less", hand(append([]string{"-D", chains[7].chain}, reply...)...), false},
+		{"a rule more at the start", hand(append([]string{"-I", chains[8].chain}, reply...)...), false},
+		{"a rule less amid others", hand("-D", chains[9].chain, "5"), false},
+		{"another rule amid others", hand(append([]string{"-R", chains[10].chain, "5"}, reply...)...), true},
+		{"a rule in a small table", func() { run(t, b, "iptables-nft", "-A", "FORWARD", "-j", "ACCEPT") }, false},
+		{"a table more", func() { run(t, b, "ip6tables-nft", "-t", "raw", "-A", "OUTPUT", "-j", "ACCEPT") }, false},
+		{"a table less", func() { run(t, b, "nft", "delete", "table", "ip6", "raw") }, false},
+		{"a chain that nothing leads to", hand("-N", "LONER"), true},
+	} {
+		tt.change()
+		want, got := listing(readNFT(t, b)), listing(refreshNFT(t, b, &n))
+		maps.DeleteFunc(got, func(chain string, _ []string) bool { _, exists := want[chain]; return !exists }) // left over
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s (-read +at a glance):\n%s", tt.name, diff)
+		}
+		if n.Moved() == tt.whole {
+			t.Errorf("%s: the rest is left to the next Refresh: %t", tt.name, n.Moved())
+		}
+		if diff := cmp.Diff(want, listing(refreshNFT(t, b, &n))); diff != "" {
+			t.Errorf("%s (-read +afterwards):\n%s", tt.name, diff)
+		}
+		if n.Moved() {
+			t.Errorf("%s: rules that stand still have moved", tt.name)
+		}
+	}
+}
+
+// TestNFTGlanceLeavesRest changes a rule that no glance tells together with others,
+// again and again, and wants every second Refresh to tell it.
+func TestNFTGlanceLeavesRest(t *testing.T) {
+	b := newNode(t, nftPrograms...)
+	dump := written(t, kubeproxy.Synthetic(150, 10))
+	loadNFT(t, b, false, dump)
+	var chain string
+	for _, k := range sortedKeys(chainLines(dump)) {
+		if strings.HasPrefix(k.chain, "KUBE-SVC-") && len(chainLines(dump)[k]) >= 10 {
+			chain = k.chain
+		}
+	}
+	var n NFT
+	defer n.Close()
+	n.First(nil)
+	refreshNFT(t, b, &n)
+	for i := range 6 {
+		address := fmt.Sprintf("192.0.2.%d", i)
+		feed(t, b, fmt.Sprintf("*nat\n-R %s 5 -s %s -j RETURN\n-A KUBE-SERVICES -s %s -j RETURN\nCOMMIT\n", chain, address, address), "iptables-nft-restore", "--noflush")
+		nat := listing(refreshNFT(t, b, &n))
+		for _, name := range []string{"KUBE-SERVICES", chain}[:1+i%2] {
+			if lines := strings.Join(nat["ipv4 nat iptables-nft "+name], "\n"); !strings.Contains(lines, address) {
+				t.Errorf("change %d is not told of %s:\n%s", i, name, lines)
+			}
+		}
+	}
+}
+
 // TestNFTRefreshCounts sends packets through chains behind chains, and wants
 // Refresh to tell what each has counted.
 func TestNFTRefreshCounts(t *testing.T) {

@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"runtime"
@@ -23,6 +24,8 @@ import (
 //	Changes     the same way, but known KUBE-SEP chains of a large table are left out
 //	            while the chains that lead to them are as before
 //	First       the chains that were asked for, and the new endpoints behind them
+//	Glance      of a large table, the chains of which the kernel counts other rules or
+//	            does not have the last rule any more, and the new endpoints behind them
 //	Counters    built-in chains ─jumps that counted─▶ the chains behind them
 //
 // Chains are read one by one. The kernel walks a table's rules from the first
@@ -41,6 +44,7 @@ const (
 	nftaChainName     = 3
 	nftaChainHook     = 4
 	nftaChainPolicy   = 5
+	nftaChainUse      = 6
 	nftaChainType     = 7
 	nftaChainCounters = 8
 	nftaChainFlags    = 10
@@ -53,6 +57,10 @@ const (
 	// fewChains is up to how many chains a dump of their names costs a few
 	// milliseconds.
 	fewChains = 5000
+	// manyToRead and manyToAsk are for how many chains a second worker is worth its
+	// start.
+	manyToRead = 200
+	manyToAsk  = 800
 )
 
 // loners are chains that no rule leads to and that most nodes have: kubelet and
@@ -65,6 +73,7 @@ type nftStepper struct {
 	rules  *netfilter.Ruleset // of the last step
 	tables []*nftTable
 	first  []string // chains of table nat that First reads
+	early  bool     // whether Glance is wanted
 
 	// Of the step at hand.
 	ctx  context.Context
@@ -96,7 +105,11 @@ type nftTable struct {
 	decode [2]*nftDecoder // of each worker
 
 	marks []chainMark         // by ChainID
+	signs []chainSign         // by ChainID
 	queue []netfilter.ChainID // to read
+	// unsigned are chains that have been read since a step last asked how much they
+	// are used.
+	unsigned []netfilter.ChainID
 	// counted are the chains that the last Counters found behind jumps that had
 	// counted. They are read once more: the dumps are not of one moment.
 	counted []netfilter.ChainID
@@ -111,6 +124,13 @@ const (
 	markQueued
 )
 
+// chainSign is by what Glance tells a chain from what it was. It is never newer
+// than the rules that were read.
+type chainSign struct {
+	last uint64 // handle of its last rule; 0 for none
+	used uint32 // how many rules, and jumps to it, the kernel counts; 0 when not known
+}
+
 // Forget implements nfnetlink.Stepper.
 func (s *nftStepper) Forget() { s.rules, s.tables = nil, nil }
 
@@ -119,7 +139,10 @@ func (s *nftStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetl
 	s.ctx, s.step, s.interrupted, s.pruned = ctx, step, false, false
 	s.workers[0].conn, s.workers[1].conn = conn, conn.Second()
 	before := s.tables
-	if step < nfnetlink.First {
+	if step >= nfnetlink.First && slices.ContainsFunc(s.tables, (*nftTable).worn) || step == nfnetlink.Glance && !s.glances() {
+		return s.rules, false, false, nil
+	}
+	if s.lists() {
 		if s.tables, err = s.list(); err != nil {
 			return nil, false, false, err
 		}
@@ -144,6 +167,14 @@ func (s *nftStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetl
 	}
 	return s.rules, s.interrupted, s.pruned, nil
 }
+
+// glances reports whether a glance is quicker than all changes.
+func (s *nftStepper) glances() bool {
+	return s.early && slices.ContainsFunc(s.tables, (*nftTable).large)
+}
+
+// lists reports whether the step asks which tables there are.
+func (s *nftStepper) lists() bool { return s.step != nfnetlink.First && s.step != nfnetlink.Counters }
 
 // list returns the tables that there are, with what is known of them.
 func (s *nftStepper) list() ([]*nftTable, error) {
@@ -201,7 +232,7 @@ func (s *nftStepper) dump(w *nftWorker, kind int, proto uint8, attrs []byte, eac
 // read reads what the step wants of one table.
 func (s *nftStepper) read(t *nftTable) error {
 	t.begin()
-	if s.step < nfnetlink.First {
+	if s.lists() {
 		t.judge()
 	} else if t.reason != "" {
 		return nil
@@ -219,6 +250,9 @@ func (s *nftStepper) read(t *nftTable) error {
 		t.counted = t.counted[:0]
 		return s.work(t)
 	}
+	if s.step == nfnetlink.Glance {
+		return s.glance(t)
+	}
 	t.counted = t.counted[:0]
 	if err := s.work(t); err != nil {
 		return err
@@ -226,7 +260,10 @@ func (s *nftStepper) read(t *nftTable) error {
 	if err := s.unreached(t); err != nil || t.reason != "" {
 		return err
 	}
-	return s.work(t)
+	if err := s.work(t); err != nil {
+		return err
+	}
+	return s.sign(t)
 }
 
 // readFirst reads the chains that were asked for and that exist.
@@ -248,11 +285,106 @@ func (s *nftStepper) readFirst(t *nftTable) error {
 	return s.work(t)
 }
 
+// glance reads the chains of a table that look as if they had changed, and all of
+// a small one but those that no jump leads to.
+func (s *nftStepper) glance(t *nftTable) error {
+	s.pruned = true
+	if t.large() {
+		var all []netfilter.ChainID
+		for c := range t.next.Chains() {
+			if t.glancedAt(c) {
+				all = append(all, c.ID)
+			}
+		}
+		if err := s.look(t, all); err != nil {
+			return err
+		}
+	}
+	return s.work(t)
+}
+
+// glancedAt reports whether Glance asks for the sign of a chain: not of those that it
+// reads anyway, nor of endpoints.
+func (t *nftTable) glancedAt(c *netfilter.Chain) bool {
+	return t.large() && c.Base == nil && !isEndpoint(c.Name)
+}
+
+// sign asks how much the chains are used that have been read anew.
+func (s *nftStepper) sign(t *nftTable) error {
+	err := s.look(t, t.unsigned)
+	t.unsigned = t.unsigned[:0]
+	return err
+}
+
+// look asks for the signs of chains. In a glance, those that differ are queued.
+func (s *nftStepper) look(t *nftTable, ids []netfilter.ChainID) error {
+	const some = nfnetlink.MostAtOnce / 2 // there are two questions about each
+	pieces := slices.Collect(slices.Chunk(ids, some))
+	return s.share(len(pieces), manyToAsk/some, func(worker, i int) error { return s.lookAt(t, worker, pieces[i]) })
+}
+
+// lookAt is look for a few chains.
+func (s *nftStepper) lookAt(t *nftTable, worker int, ids []netfilter.ChainID) error {
+	if err := s.ctx.Err(); err != nil {
+		return err
+	}
+	w := &s.workers[worker]
+	var about [nfnetlink.MostAtOnce]struct {
+		id   netfilter.ChainID
+		rule bool
+	}
+	n := 0
+	s.mu.Lock()
+	for _, id := range ids {
+		w.request = nfnetlink.AppendString(w.request[:0], nftaChainTable, t.last.Name)
+		w.request = nfnetlink.AppendString(w.request, nftaChainName, t.next.ChainName(id))
+		w.conn.Ask(unix.NFT_MSG_GETCHAIN, t.proto, w.request)
+		about[n].id = id
+		n++
+		if last := t.sign(id).last; s.step == nfnetlink.Glance && last != 0 {
+			w.request = nfnetlink.AppendString(w.request[:0], nftaRuleTable, t.last.Name)
+			w.request = nfnetlink.AppendString(w.request, nftaRuleChain, t.next.ChainName(id))
+			w.request = nfnetlink.Append(w.request, nftaRuleHandle, binary.BigEndian.AppendUint64(nil, last))
+			w.conn.Ask(unix.NFT_MSG_GETRULE, t.proto, w.request)
+			about[n].id, about[n].rule = id, true
+			n++
+		}
+	}
+	s.mu.Unlock()
+	return w.conn.Answers(func(i int, b []byte, err error) error {
+		gone := errors.Is(err, syscall.ENOENT)
+		if err != nil && !gone {
+			return err
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		id, differs := about[i].id, gone
+		if !about[i].rule {
+			var a chainAttrs
+			nfnetlink.Collect(b, a[:])
+			used, _ := nfnetlink.Uint32(a[nftaChainUse])
+			sign := t.sign(id)
+			differs = sign.used != used
+			sign.used = used
+		}
+		if differs && s.step == nfnetlink.Glance {
+			t.enqueue(id)
+		}
+		return nil
+	})
+}
+
+// worn reports whether the table is to be read anew.
+func (t *nftTable) worn() bool { return t.last.Worn() }
+
+// large reports whether the table has so many chains that steps leave some out.
+func (t *nftTable) large() bool { return t.use >= manyChains }
+
 // begin prepares a table for a step.
 func (t *nftTable) begin() {
-	if t.last.Worn() {
+	if t.worn() {
 		t.last = netfilter.NewTable(t.last.Family, t.last.Name, t.last.Backend)
-		t.marks = nil
+		t.marks, t.signs, t.unsigned = nil, nil, nil
 	}
 	t.next = t.last.Revise()
 	for i := range t.decode {
@@ -279,6 +411,13 @@ func (t *nftTable) mark(id netfilter.ChainID) *chainMark {
 		t.marks = append(t.marks, make([]chainMark, n-len(t.marks)+n/8)...)
 	}
 	return &t.marks[id]
+}
+
+func (t *nftTable) sign(id netfilter.ChainID) *chainSign {
+	if n := t.next.NameCount(); n > len(t.signs) {
+		t.signs = append(t.signs, make([]chainSign, n-len(t.signs)+n/8)...)
+	}
+	return &t.signs[id]
 }
 
 // enqueue has a chain read, once.
@@ -374,34 +513,38 @@ func (t *nftTable) base(name string, a *chainAttrs) netfilter.Base {
 
 // work reads the chains that are queued, and those that they lead to.
 func (s *nftStepper) work(t *nftTable) error {
-	const many = 200 // chains, for which a second worker is worth its start
 	for len(t.queue) > 0 {
 		batch := t.queue
 		t.queue = nil
-		if len(batch) < many || runtime.GOMAXPROCS(0) == 1 {
-			for _, id := range batch {
-				if err := s.chain(t, 0, id, nil, true); err != nil {
-					return err
-				}
-			}
-			continue
-		}
-		var next atomic.Int64
-		var errs [len(s.workers)]error
-		var both sync.WaitGroup
-		for w := range s.workers {
-			both.Go(func() {
-				for i := next.Add(1) - 1; int(i) < len(batch) && errs[w] == nil; i = next.Add(1) - 1 {
-					errs[w] = s.chain(t, w, batch[i], nil, true)
-				}
-			})
-		}
-		both.Wait()
-		if err := errors.Join(errs[:]...); err != nil {
+		if err := s.share(len(batch), manyToRead, func(w, i int) error { return s.chain(t, w, batch[i], nil, true) }); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// share does something n times; from many on, two workers share it.
+func (s *nftStepper) share(n, many int, do func(worker, i int) error) error {
+	if n < many || runtime.GOMAXPROCS(0) == 1 {
+		for i := range n {
+			if err := do(0, i); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	var next atomic.Int64
+	var errs [len(s.workers)]error
+	var both sync.WaitGroup
+	for w := range s.workers {
+		both.Go(func() {
+			for i := int(next.Add(1)) - 1; i < n && errs[w] == nil; i = int(next.Add(1)) - 1 {
+				errs[w] = do(w, i)
+			}
+		})
+	}
+	both.Wait()
+	return errors.Join(errs[:]...)
 }
 
 // chain reads the rules of a chain, puts them into the table, and queues the
@@ -412,6 +555,7 @@ func (s *nftStepper) chain(t *nftTable, worker int, id netfilter.ChainID, base *
 	t.next.Draft(&w.draft, t.next.ChainName(id))
 	s.mu.Unlock()
 	w.draft.Base = base
+	handle := uint64(0) // of the last rule
 	if exists {
 		w.request = nfnetlink.AppendString(w.request[:0], nftaRuleTable, t.last.Name)
 		w.request = nfnetlink.AppendString(w.request, nftaRuleChain, w.draft.Name)
@@ -421,6 +565,7 @@ func (s *nftStepper) chain(t *nftTable, worker int, id netfilter.ChainID, base *
 			if string(nfnetlink.String(a[nftaRuleTable])) != t.last.Name || string(nfnetlink.String(a[nftaRuleChain])) != w.draft.Name {
 				return nil // a kernel that does not filter
 			}
+			handle, _ = nfnetlink.Uint64(a[nftaRuleHandle])
 			s.mu.Lock() // a rule may name a chain for the first time
 			t.decode[worker].rule(&w.draft, a[nftaRuleExpressions], a[nftaRuleUserData])
 			s.mu.Unlock()
@@ -436,6 +581,14 @@ func (s *nftStepper) chain(t *nftTable, worker int, id netfilter.ChainID, base *
 	changed := t.next.Adopt(&w.draft)
 	if changed && s.step == nfnetlink.Counters {
 		s.interrupted = true
+	}
+	if s.glances() && t.glancedAt(&w.draft) {
+		sign := t.sign(id)
+		sign.last = handle
+		if changed {
+			sign.used = 0
+			t.unsigned = append(t.unsigned, id)
+		}
 	}
 	s.follow(t, &w.draft, before, changed)
 	return nil
@@ -462,8 +615,8 @@ func (s *nftStepper) follow(t *nftTable, c, before *netfilter.Chain, changed boo
 				t.counted = append(t.counted, target)
 				t.enqueue(target)
 			}
-		case s.step == nfnetlink.First:
-			if changed && (t.next.ByID(target) == nil || strings.HasPrefix(t.next.ChainName(target), "KUBE-SEP-")) {
+		case s.step == nfnetlink.First, s.step == nfnetlink.Glance && t.large():
+			if changed && (t.next.ByID(target) == nil || isEndpoint(t.next.ChainName(target))) {
 				t.enqueue(target)
 			}
 		case !changed && s.pinned(t, target):
@@ -484,14 +637,17 @@ func sameCount(a, b *netfilter.Chain, i int) bool {
 	return m == n
 }
 
+// isEndpoint reports whether a chain is one that kube-proxy makes of an endpoint.
+func isEndpoint(name string) bool { return strings.HasPrefix(name, "KUBE-SEP-") }
+
 // pinned reports whether a chain is taken to be as before: that of an endpoint,
 // whose name kube-proxy makes of where it sends to.
 func (s *nftStepper) pinned(t *nftTable, id netfilter.ChainID) bool {
-	if s.step != nfnetlink.Changes || t.use < manyChains {
+	if s.step != nfnetlink.Changes || !t.large() {
 		return false
 	}
 	c := t.next.ByID(id)
-	if c == nil || c.Len() == 0 || !strings.HasPrefix(c.Name, "KUBE-SEP-") {
+	if c == nil || c.Len() == 0 || !isEndpoint(c.Name) {
 		return false
 	}
 	// A reading that was interrupted may have left it without its end.

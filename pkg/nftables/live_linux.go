@@ -94,8 +94,8 @@ func (s *liveStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnet
 	s.ctx, s.conn = ctx, conn
 	s.interrupted.Store(false)
 	switch step {
-	case nfnetlink.First:
-		return s.rules, false, false, nil // nobody can ask for any
+	case nfnetlink.First, nfnetlink.Glance:
+		return s.rules, false, false, nil // nobody can ask for any, and all changes are quick to read
 	case nfnetlink.Counters:
 		rs, err = s.recount()
 	default:

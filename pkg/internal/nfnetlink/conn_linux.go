@@ -1,6 +1,7 @@
 package nfnetlink
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -30,6 +31,8 @@ const (
 // be missing or stand there twice (NLM_F_DUMP_INTR).
 var ErrInterrupted = errors.New("the rules changed during the dump")
 
+var errAcknowledged = errors.New("netlink: an acknowledgement where an object was asked for")
+
 // Conn is a netlink connection to one of netfilter's subsystems, mostly nf_tables,
 // in one network namespace. Its errors wrap the kernel's error number. Not safe for concurrent use.
 type Conn struct {
@@ -37,6 +40,7 @@ type Conn struct {
 	subsys  uint16 // NFNL_SUBSYS_*
 	seq     uint32
 	request []byte // reused
+	asked   int    // how many questions stand in it, for Answers
 	parts   [atOnce]part
 	got     int  // parts that were received last,
 	used    int  // and how many of those have been looked at
@@ -179,7 +183,7 @@ func (c *Conn) Get(kind int, family uint8, attrs []byte) ([]byte, error) {
 				if err := m.errno(); err != nil {
 					return nil, err
 				}
-				return nil, errors.New("netlink: an acknowledgement where an object was asked for")
+				return nil, errAcknowledged
 			}
 			return m.attrs()
 		}
@@ -214,7 +218,7 @@ func (c *Conn) GetMany(kind int, family uint8, attrs []byte, n int, each func(at
 				if err := m.errno(); err != nil {
 					return err
 				}
-				return errors.New("netlink: an acknowledgement where an object was asked for")
+				return errAcknowledged
 			}
 			attrs, err := m.attrs()
 			if err != nil {
@@ -225,6 +229,58 @@ func (c *Conn) GetMany(kind int, family uint8, attrs []byte, n int, each func(at
 		}
 	}
 	return nil
+}
+
+// Ask adds a question for one object to those that Answers sends: at most MostAtOnce.
+func (c *Conn) Ask(kind int, family uint8, attrs []byte) {
+	if c.asked == 0 {
+		c.request = c.request[:0]
+	}
+	c.seq++
+	c.asked++
+	c.question(kind, family, 0, attrs)
+}
+
+// Answers sends the questions that were asked, with one message, and calls each
+// with the number of each question, counted from 0, and the attributes of its
+// answer, which are valid during the call only, or with the kernel's error number.
+// The first error that each returns is returned, behind the last call.
+func (c *Conn) Answers(each func(i int, attrs []byte, err error) error) error {
+	n := c.asked
+	c.asked = 0
+	if n > MostAtOnce {
+		return fmt.Errorf("netlink: %d questions at once", n)
+	}
+	if err := c.write(); err != nil {
+		return err
+	}
+	var failed error
+	first := c.seq - uint32(n) + 1
+	for answered := 0; answered < n; {
+		part, err := c.receive()
+		if err != nil {
+			return err
+		}
+		for len(part) > 0 {
+			var m message
+			if m, part, err = cutMessage(part); err != nil {
+				return err
+			}
+			i := m.seq - first
+			if i >= uint32(n) {
+				continue
+			}
+			answered++
+			var attrs []byte
+			if m.typ == unix.NLMSG_ERROR {
+				err = cmp.Or(m.errno(), errAcknowledged)
+			} else {
+				attrs, err = m.attrs()
+			}
+			failed = cmp.Or(failed, each(int(i), attrs, err))
+		}
+	}
+	return failed
 }
 
 // Generation returns the number of the namespace's ruleset, which every
@@ -295,15 +351,21 @@ func (c *Conn) Await(generation uint32) error {
 
 func (c *Conn) send(kind int, family uint8, flags uint16, attrs []byte) error {
 	c.seq++
+	c.request = c.request[:0]
+	c.question(kind, family, flags, attrs)
+	return c.write()
+}
+
+// question appends one to the request.
+func (c *Conn) question(kind int, family uint8, flags uint16, attrs []byte) {
 	native := binary.NativeEndian
-	b := native.AppendUint32(c.request[:0], uint32(messageHeader+netfilterHeader+len(attrs)))
+	b := native.AppendUint32(c.request, uint32(messageHeader+netfilterHeader+len(attrs)))
 	b = native.AppendUint16(b, c.subsys<<8|uint16(kind))
 	b = native.AppendUint16(b, unix.NLM_F_REQUEST|flags)
 	b = native.AppendUint32(b, c.seq)
 	b = native.AppendUint32(b, 0)                  // from: the kernel fills it in
 	b = append(b, family, unix.NFNETLINK_V0, 0, 0) // nfgenmsg
 	c.request = append(b, attrs...)
-	return c.write()
 }
 
 func (c *Conn) write() error {

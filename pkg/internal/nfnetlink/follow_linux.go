@@ -29,6 +29,8 @@ const (
 	Changes
 	// First: those changes that the reader was asked to look at before the others.
 	First
+	// Glance: those changes that a glance shows, which a reader need not take.
+	Glance
 	// Counters: what can have counted since; the rules are those of the last step.
 	Counters
 )
@@ -56,6 +58,7 @@ type Follower struct {
 	last       *netfilter.Ruleset
 	stepped    *netfilter.Ruleset // of the last step, whether it was believed or not
 	generation uint32             // of last
+	partly     bool               // last is what First or Glance returned
 	confirm    time.Time          // when everything has to be read again; zero for not at all
 }
 
@@ -139,14 +142,8 @@ func (f *Follower) refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 			return rs, err
 		}
 	case f.last == f.stepped:
-		before := f.last
-		rs, err := f.step(ctx, First)
-		if err != nil {
-			return nil, err
-		}
-		if rs != nil && rs != before {
-			f.generation = generation - 1 // the other changes are left to the next Refresh
-			return rs, nil
+		if rs, err := f.early(ctx); rs != nil || err != nil {
+			return rs, err
 		}
 	}
 	for range mostSteps {
@@ -160,6 +157,26 @@ func (f *Follower) refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 	torn := *f.stepped
 	torn.Torn = true
 	return &torn, nil
+}
+
+// early returns a part of what has changed, if that is quick to tell; nil for none.
+// The rest is left to the next Refresh.
+func (f *Follower) early(ctx context.Context) (*netfilter.Ruleset, error) {
+	before, steps := f.last, []Step{First, Glance}
+	if f.partly { // many glances in a row would leave the rest out for long
+		steps = steps[:1]
+	}
+	for _, s := range steps {
+		rs, err := f.step(ctx, s)
+		if rs == nil || err != nil {
+			return nil, err
+		}
+		if rs != before {
+			f.generation, f.partly = f.generation-1, true
+			return rs, nil
+		}
+	}
+	return nil, nil
 }
 
 // mostSteps bounds the readings while the rules keep changing.
@@ -198,6 +215,9 @@ func (f *Follower) step(ctx context.Context, s Step) (*netfilter.Ruleset, error)
 		return nil, err
 	}
 	f.last, f.generation = rs, after
+	if s <= Changes {
+		f.partly = false
+	}
 	return rs, nil
 }
 

@@ -2,7 +2,7 @@
 // (NETLINK_NETFILTER): the part that every reader of nf_tables and of conntrack
 // needs, and no more.
 //
-//	Read ──▶ Conn ──Dump, Get──▶ attributes of each message ──Next, Collect──▶ reader
+//	Read ──▶ Conn ──Dump, Get, Ask──▶ attributes of each message ──Next, Collect──▶ reader
 //	         Listener ──Receive──▶
 //
 // A [Conn] only asks. It has no way to send a batch, which is what changes
@@ -13,7 +13,7 @@ package nfnetlink
 
 import "encoding/binary"
 
-// MostAtOnce is how many objects Conn.GetMany asks for at most: a socket's buffer holds
+// MostAtOnce is how many objects Conn.GetMany and Conn.Ask ask for at most: a socket's buffer holds
 // a page for each of the answers, and the kernel drops what does not fit.
 const MostAtOnce = 32
 
