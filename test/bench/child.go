@@ -69,7 +69,7 @@ func runChild(ctx context.Context, row string) error {
 	for in.Scan() {
 		if in.Text() == "settle" {
 			if w.view != nil { // it follows
-				for range 2 { // what was named comes first, the rest then
+				for range 2 { // what is quick to tell comes first, the rest then
 					if err := w.refresh(ctx); err != nil {
 						return err
 					}
@@ -121,6 +121,10 @@ func (w *worker) row(ctx context.Context, layout, what string) (ready func() err
 			return nil
 		})
 	case "changed", "counted":
+		return func() error { return w.refresh(ctx) }, once(func() error { return w.refresh(ctx) })
+	case "glance":
+		n := w.reader.(*iptables.NFT)
+		n.First(nil)
 		return func() error { return w.refresh(ctx) }, once(func() error { return w.refresh(ctx) })
 	case "named":
 		return func() error { return w.refresh(ctx) }, func(arg string) (int, error) {

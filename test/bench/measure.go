@@ -69,6 +69,7 @@ var layouts = []layout{
 			{what: "read", text: "full read", target: 0.60},
 			{what: "resolve", text: "resolve all Services"},
 			{what: "changed", text: "one Service changed: read and resolve", target: 0.16, before: change},
+			{what: "glance", text: "the same, what a glance tells of it", before: change},
 			{what: "named", text: "one Service changed that the API had named", target: 0.03, before: change},
 			{what: "counted", text: fmt.Sprintf("counters, %d Services active", activeServices), target: 0.04, before: traffic},
 			{what: "unchanged", text: "counters, nothing active"},
