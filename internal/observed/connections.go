@@ -127,16 +127,19 @@ func (r rule) compare(o rule) int {
 // all ways lead through, those of session affinity too. Of Services that are as they
 // were, it takes over what the earlier plan says, if there is one.
 func newPlan(rs *netfilter.Ruleset, p *chain.Programmed, was *earlier) *plan {
-	n := newNumbering(len(p.Services))
-	out := &plan{layout: n.layout, starts: make([]int32, 1, len(p.Services)+1)}
-	if was != nil && sameLine(rs, was.rules) {
-		out.states, out.sent = make([]state, 0, len(was.plan.states)), make([]rule, 0, len(was.plan.sent))
-		n.endpoints = make([]netip.AddrPort, 0, len(was.plan.states))
-	} else {
+	if was != nil && !sameLine(rs, was.rules) {
 		was = nil
 	}
-	var spots []spot
-	port := 0 // of the earlier plan
+	out := &plan{starts: make([]int32, 1, len(p.Services)+1)}
+	var before *layout
+	if was != nil {
+		before = was.plan.layout
+		out.states, out.sent = make([]state, 0, len(was.plan.states)+spare), make([]rule, 0, len(was.plan.sent)+spare)
+	}
+	n := newNumbering(len(p.Services), before)
+	out.layout = n.layout
+	var spots []spot // reused
+	port := 0        // of the earlier plan
 	for i := range p.Services {
 		s := &p.Services[i]
 		for was != nil && port < len(was.plan.layout.ports) && was.plan.layout.ports[port].Compare(s.ServicePort) < 0 {

@@ -187,8 +187,8 @@ func (w *Watch) turn(at *Moment) {
 	}
 	was, fronts, onNode := w.layout, w.ports, w.onNode
 	w.programmed = at.Programmed
-	w.layout, _ = newLayout(at.Programmed)
-	w.ports, w.onNode = map[front]int32{}, make([]bool, len(w.layout.ports))
+	w.layout = newLayout(at.Programmed, was)
+	w.ports, w.onNode = make(map[front]int32, len(fronts)), make([]bool, len(w.layout.ports))
 	for i := range at.Programmed.Services {
 		s := &at.Programmed.Services[i]
 		for j := range s.Frontends {

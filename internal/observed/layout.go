@@ -21,14 +21,15 @@ type spot struct {
 	chain    string
 }
 
-// newLayout numbers what the rules have, and lists the chains that send there.
-func newLayout(p *chain.Programmed) (*layout, []spot) {
-	n := newNumbering(len(p.Services))
-	var spots []spot
+// newLayout numbers what the rules have. The layout before it tells how much that
+// takes in memory, if there is one.
+func newLayout(p *chain.Programmed, before *layout) *layout {
+	n := newNumbering(len(p.Services), before)
+	var spots []spot // reused
 	for i := range p.Services {
-		spots = n.add(&p.Services[i], spots)
+		spots = n.add(&p.Services[i], spots[:0])
 	}
-	return n.layout, spots
+	return n.layout
 }
 
 // numbering makes a layout, port by port.
@@ -37,8 +38,15 @@ type numbering struct {
 	all []chain.Endpoint // of a port; reused
 }
 
-func newNumbering(ports int) numbering {
-	return numbering{layout: &layout{ports: make([]chain.ServicePort, 0, ports), starts: make([]int32, 1, ports+1)}}
+// spare is for how many endpoints more than before there is room.
+const spare = 64
+
+func newNumbering(ports int, before *layout) numbering {
+	n := numbering{layout: &layout{ports: make([]chain.ServicePort, 0, ports), starts: make([]int32, 1, ports+1)}}
+	if before != nil {
+		n.endpoints = make([]netip.AddrPort, 0, len(before.endpoints)+spare)
+	}
+	return n
 }
 
 // add numbers the endpoints of the next port, and appends the chains that send there

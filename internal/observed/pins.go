@@ -91,16 +91,15 @@ func (r *Pinner) turn(p *chain.Programmed) {
 	if r.programmed == p {
 		return
 	}
-	sticky := &chain.Programmed{}
-	r.timeouts = nil
+	n := newNumbering(0, r.layout)
+	r.timeouts, r.spots = nil, nil
 	for i := range p.Services {
 		if s := &p.Services[i]; s.AffinitySeconds > 0 {
-			sticky.Services = append(sticky.Services, *s)
+			r.spots = n.add(s, r.spots)
 			r.timeouts = append(r.timeouts, time.Duration(s.AffinitySeconds)*time.Second)
 		}
 	}
-	r.programmed = p
-	r.layout, r.spots = newLayout(sticky)
+	r.programmed, r.layout = p, n.layout
 }
 
 // read adds the clients that one chain binds.
