@@ -35,7 +35,7 @@ type Keeper struct {
 	// has changed of late: a reader that takes long looks at those first. Nil where
 	// all is read at once.
 	First func(chains []string)
-	// Sleep waits for so long, at less cost than a timer, since ten times a second;
+	// Sleep waits for so long, at less cost than a timer, since seven times a second;
 	// nil for a timer. Wake ends it, for news of the API; others wait until it is over.
 	Sleep func(time.Duration)
 	Wake  func()
@@ -89,12 +89,12 @@ const (
 const mostRest = 5 * time.Second
 
 // How often the reader is asked whether rules have moved. The question takes
-// microseconds, but waking up costs a tenth of a millisecond. So it is asked
+// microseconds, but waking up costs up to a fifth of a millisecond. So it is asked
 // often only for a while after rules have moved, since changes come in bursts, and
 // after the API has changed, since rules follow it. While that tells what is to come,
 // it is asked the more rarely otherwise.
 const (
-	pollPause = 100 * time.Millisecond
+	pollPause = 140 * time.Millisecond
 	pollSoon  = 20 * time.Millisecond
 	pollTold  = 200 * time.Millisecond
 	burst     = 10 * time.Second

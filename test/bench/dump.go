@@ -115,7 +115,7 @@ func (d *dumper) dump(kind int, attrs []byte, each func(attrs []byte)) error {
 }
 
 // bareLooks returns the part of a core that a thread takes that asks for the
-// generation of nf_tables ten times a second, and sleeps in between.
+// generation of nf_tables seven times a second, as the agent does, and sleeps in between.
 func bareLooks(d time.Duration) (float64, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -129,7 +129,7 @@ func bareLooks(d time.Duration) (float64, error) {
 	ask = native.AppendUint16(ask, unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETGEN)
 	ask = native.AppendUint16(ask, unix.NLM_F_REQUEST)
 	ask = append(ask, 1, 0, 0, 0, 0, 0, 0, 0, unix.NFPROTO_UNSPEC, 0, 0, 0)
-	nap := unix.NsecToTimespec(int64(100 * time.Millisecond))
+	nap := unix.NsecToTimespec(int64(140 * time.Millisecond))
 	before, start := threadTime(), time.Now()
 	for time.Since(start) < d {
 		if err := unix.Nanosleep(&nap, nil); err != nil && !errors.Is(err, unix.EINTR) {
