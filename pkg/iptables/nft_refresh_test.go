@@ -377,6 +377,45 @@ func TestNFTGlanceLeavesRest(t *testing.T) {
 	}
 }
 
+// TestNFTGlanceWorn changes all Services until the memory of the tables is given up, and
+// wants Refresh to tell what Read tells, again and again.
+func TestNFTGlanceWorn(t *testing.T) {
+	b := newNode(t, nftPrograms...)
+	services := kubeproxy.Synthetic(150, 10)
+	dump := written(t, services)
+	loadNFT(t, b, false, dump)
+	var n NFT
+	defer n.Close()
+	n.First(nil)
+	last, anew := refreshNFT(t, b, &n), 0
+	for round := range byte(8) {
+		services = slices.Clone(services)
+		for i := range services {
+			services[i].Endpoints = slices.Clone(services[i].Endpoints)
+			for e := range services[i].Endpoints {
+				services[i].Endpoints[e].Addr = netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 200 + round, byte(i), byte(e)}), 8080)
+			}
+		}
+		after := written(t, services)
+		feed(t, b, partial(dump, after), "iptables-nft-restore", "--noflush", "--counters")
+		dump = after
+		for n.Moved() {
+			refreshNFT(t, b, &n)
+		}
+		rs := refreshNFT(t, b, &n)
+		if diff := cmp.Diff(listing(readNFT(t, b)), listing(rs)); diff != "" {
+			t.Fatalf("round %d (-read +refreshed):\n%s", round, diff)
+		}
+		if !rs.Table(netfilter.IPv4, "nat").Revises(last.Table(netfilter.IPv4, "nat")) {
+			anew++
+		}
+		last = rs
+	}
+	if anew == 0 {
+		t.Error("the tables were never read anew: the test is too small")
+	}
+}
+
 // TestNFTRefreshCounts sends packets through chains behind chains, and wants
 // Refresh to tell what each has counted.
 func TestNFTRefreshCounts(t *testing.T) {

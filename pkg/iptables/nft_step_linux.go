@@ -139,7 +139,7 @@ func (s *nftStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetl
 	s.ctx, s.step, s.interrupted, s.pruned = ctx, step, false, false
 	s.workers[0].conn, s.workers[1].conn = conn, conn.Second()
 	before := s.tables
-	if step >= nfnetlink.First && slices.ContainsFunc(s.tables, (*nftTable).worn) || step == nfnetlink.Glance && !s.glances() {
+	if s.skips() {
 		return s.rules, false, false, nil
 	}
 	if s.lists() {
@@ -168,9 +168,16 @@ func (s *nftStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetl
 	return s.rules, s.interrupted, s.pruned, nil
 }
 
-// glances reports whether a glance is quicker than all changes.
-func (s *nftStepper) glances() bool {
-	return s.early && slices.ContainsFunc(s.tables, (*nftTable).large)
+// skips reports whether the step can tell nothing early: all of a worn table is to
+// be read, and a glance is not worth it where no table is large.
+func (s *nftStepper) skips() bool {
+	switch s.step {
+	case nfnetlink.First:
+		return slices.ContainsFunc(s.tables, (*nftTable).worn)
+	case nfnetlink.Glance:
+		return !s.early || !slices.ContainsFunc(s.tables, (*nftTable).large) || slices.ContainsFunc(s.tables, (*nftTable).worn)
+	}
+	return false
 }
 
 // lists reports whether the step asks which tables there are.
@@ -582,7 +589,7 @@ func (s *nftStepper) chain(t *nftTable, worker int, id netfilter.ChainID, base *
 	if changed && s.step == nfnetlink.Counters {
 		s.interrupted = true
 	}
-	if s.glances() && t.glancedAt(&w.draft) {
+	if s.early && t.glancedAt(&w.draft) {
 		sign := t.sign(id)
 		sign.last = handle
 		if changed {
