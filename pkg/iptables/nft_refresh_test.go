@@ -279,6 +279,26 @@ func TestNFTFirst(t *testing.T) {
 	}
 }
 
+// count has the chains of the node's own packets count one.
+func count(t *testing.T, b *nodebox.Box) {
+	t.Helper()
+	conn, err := b.Node.Dial(t.Context(), "udp", "10.146.0.100:9")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Write([]byte("abc")); err != nil {
+		t.Fatal(err)
+	}
+	// The closed port answers, which counts, too.
+	if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Fatal(err)
+	}
+}
+
 // TestNFTGlance changes large tables in ways of kube-proxy and by hand, and wants the
 // next Refresh to tell them, and the one after it to tell what Read tells.
 func TestNFTGlance(t *testing.T) {
@@ -321,11 +341,19 @@ func TestNFTGlance(t *testing.T) {
 		{"a Service more", sync(func() { services = append(kubeproxy.Synthetic(1, 10), services...) }), false},
 		{"session affinity", sync(func() { services[5].AffinitySeconds = 600 }), false},
 		{"everything anew, as it was", func() { loadNFT(t, b, false, dump) }, true},
+		{"everything anew, with another endpoint", func() {
+			services[6].Endpoints = to("10.200.0.6:8080")
+			dump = written(t, services)
+			loadNFT(t, b, false, dump)
+		}, true},
 		{"a rule more at the end", hand(append([]string{"-A", chains[7].chain}, reply...)...), false},
 		{"and less", hand(append([]string{"-D", chains[7].chain}, reply...)...), false},
 		{"a rule more at the start", hand(append([]string{"-I", chains[8].chain}, reply...)...), false},
 		{"a rule less amid others", hand("-D", chains[9].chain, "5"), false},
-		{"another rule amid others", hand(append([]string{"-R", chains[10].chain, "5"}, reply...)...), true},
+		{"another rule amid others, and traffic", func() {
+			hand(append([]string{"-R", chains[10].chain, "5"}, reply...)...)()
+			count(t, b)
+		}, true},
 		{"a rule in a small table", func() { run(t, b, "iptables-nft", "-A", "FORWARD", "-j", "ACCEPT") }, false},
 		{"a table more", func() { run(t, b, "ip6tables-nft", "-t", "raw", "-A", "OUTPUT", "-j", "ACCEPT") }, false},
 		{"a table less", func() { run(t, b, "nft", "delete", "table", "ip6", "raw") }, false},

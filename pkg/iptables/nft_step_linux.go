@@ -113,6 +113,7 @@ type nftTable struct {
 	// counted are the chains that the last Counters found behind jumps that had
 	// counted. They are read once more: the dumps are not of one moment.
 	counted []netfilter.ChainID
+	changed bool   // the step has found a chain with other rules
 	absent  uint32 // built-in chains that the kernel does not have
 }
 
@@ -156,7 +157,8 @@ func (s *nftStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetl
 		if t.reason != "" {
 			next.Unreadable = append(next.Unreadable, netfilter.Unreadable{Family: t.last.Family, Table: t.last.Name, Backend: netfilter.BackendNFT, Reason: t.reason})
 		} else {
-			if t.next.Touched() {
+			// What a glance sees by the way of counters is no news.
+			if t.next.Touched() && (step != nfnetlink.Glance || t.changed) {
 				t.last, same = t.next, false
 			}
 			next.Tables = append(next.Tables, t.last)
@@ -293,7 +295,8 @@ func (s *nftStepper) readFirst(t *nftTable) error {
 }
 
 // glance reads the chains of a table that look as if they had changed, and all of
-// a small one but those that no jump leads to.
+// a small one but those that no jump leads to. Where everything was written anew, as
+// kube-proxy up to v1.25 does, it leaves the table to the next step.
 func (s *nftStepper) glance(t *nftTable) error {
 	s.pruned = true
 	if t.large() {
@@ -305,6 +308,9 @@ func (s *nftStepper) glance(t *nftTable) error {
 		}
 		if err := s.look(t, all); err != nil {
 			return err
+		}
+		if len(t.queue) > len(all)/4 {
+			return nil
 		}
 	}
 	return s.work(t)
@@ -401,7 +407,7 @@ func (t *nftTable) begin() {
 		t.decode[i].table = t.next
 	}
 	clear(t.marks)
-	t.queue, t.absent = nil, 0
+	t.queue, t.changed, t.absent = nil, false, 0
 }
 
 // judge says why a table cannot be read, as far as the table itself tells.
@@ -586,6 +592,7 @@ func (s *nftStepper) chain(t *nftTable, worker int, id netfilter.ChainID, base *
 	defer s.mu.Unlock()
 	before := t.next.ByID(id)
 	changed := t.next.Adopt(&w.draft)
+	t.changed = t.changed || changed
 	if changed && s.step == nfnetlink.Counters {
 		s.interrupted = true
 	}
