@@ -76,8 +76,9 @@ type nftStepper struct {
 	early  bool     // whether Glance is wanted
 
 	// Of the step at hand.
-	ctx  context.Context
-	step nfnetlink.Step
+	ctx    context.Context
+	step   nfnetlink.Step
+	gaveUp bool // what there is to tell is too much for a glance
 
 	workers [2]nftWorker
 
@@ -137,7 +138,7 @@ func (s *nftStepper) Forget() { s.rules, s.tables = nil, nil }
 
 // Step implements nfnetlink.Stepper.
 func (s *nftStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetlink.Step) (rs *netfilter.Ruleset, interrupted, pruned bool, err error) {
-	s.ctx, s.step, s.interrupted, s.pruned = ctx, step, false, false
+	s.ctx, s.step, s.interrupted, s.pruned, s.gaveUp = ctx, step, false, false, false
 	s.workers[0].conn, s.workers[1].conn = conn, conn.Second()
 	before := s.tables
 	if s.skips() {
@@ -148,12 +149,21 @@ func (s *nftStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetl
 			return nil, false, false, err
 		}
 	}
-	next := &netfilter.Ruleset{}
-	same := s.rules != nil && slices.Equal(before, s.tables)
 	for _, t := range s.tables {
 		if err := s.read(t); err != nil {
 			return nil, false, false, err
 		}
+	}
+	if s.gaveUp {
+		s.tables = before
+		for _, t := range s.tables {
+			t.unsigned = nil // may have numbers that are given anew
+		}
+		return s.rules, s.interrupted, false, nil
+	}
+	next := &netfilter.Ruleset{}
+	same := s.rules != nil && slices.Equal(before, s.tables)
+	for _, t := range s.tables {
 		if t.reason != "" {
 			next.Unreadable = append(next.Unreadable, netfilter.Unreadable{Family: t.last.Family, Table: t.last.Name, Backend: netfilter.BackendNFT, Reason: t.reason})
 		} else {
@@ -272,7 +282,7 @@ func (s *nftStepper) read(t *nftTable) error {
 	if err := s.work(t); err != nil {
 		return err
 	}
-	return s.sign(t)
+	return s.learn(t)
 }
 
 // readFirst reads the chains that were asked for and that exist.
@@ -296,7 +306,7 @@ func (s *nftStepper) readFirst(t *nftTable) error {
 
 // glance reads the chains of a table that look as if they had changed, and all of
 // a small one but those that no jump leads to. Where everything was written anew, as
-// kube-proxy up to v1.25 does, it leaves the table to the next step.
+// kube-proxy up to v1.25 does, it gives up.
 func (s *nftStepper) glance(t *nftTable) error {
 	s.pruned = true
 	if t.large() {
@@ -310,6 +320,7 @@ func (s *nftStepper) glance(t *nftTable) error {
 			return err
 		}
 		if len(t.queue) > len(all)/4 {
+			s.gaveUp = true
 			return nil
 		}
 	}
@@ -322,8 +333,8 @@ func (t *nftTable) glancedAt(c *netfilter.Chain) bool {
 	return t.large() && c.Base == nil && !isEndpoint(c.Name)
 }
 
-// sign asks how much the chains are used that have been read anew.
-func (s *nftStepper) sign(t *nftTable) error {
+// learn asks for the signs of the chains that have been read anew.
+func (s *nftStepper) learn(t *nftTable) error {
 	err := s.look(t, t.unsigned)
 	t.unsigned = t.unsigned[:0]
 	return err
@@ -331,10 +342,13 @@ func (s *nftStepper) sign(t *nftTable) error {
 
 // look asks for the signs of chains. In a glance, those that differ are queued.
 func (s *nftStepper) look(t *nftTable, ids []netfilter.ChainID) error {
-	const some = nfnetlink.MostAtOnce / 2 // there are two questions about each
-	pieces := slices.Collect(slices.Chunk(ids, some))
-	return s.share(len(pieces), manyToAsk/some, func(worker, i int) error { return s.lookAt(t, worker, pieces[i]) })
+	pieces := slices.Collect(slices.Chunk(ids, lookAtOnce))
+	return s.share(len(pieces), manyToAsk/lookAtOnce, func(worker, i int) error { return s.lookAt(t, worker, pieces[i]) })
 }
+
+// lookAtOnce is how many chains are asked for with one message: there are two
+// questions about each.
+const lookAtOnce = nfnetlink.MostAtOnce / 2
 
 // lookAt is look for a few chains.
 func (s *nftStepper) lookAt(t *nftTable, worker int, ids []netfilter.ChainID) error {
@@ -342,49 +356,55 @@ func (s *nftStepper) lookAt(t *nftTable, worker int, ids []netfilter.ChainID) er
 		return err
 	}
 	w := &s.workers[worker]
-	var about [nfnetlink.MostAtOnce]struct {
-		id   netfilter.ChainID
-		rule bool
+	type question struct {
+		chain  int // in ids
+		ofRule bool
 	}
-	n := 0
+	var asked []question
 	s.mu.Lock()
-	for _, id := range ids {
+	for i, id := range ids {
 		w.request = nfnetlink.AppendString(w.request[:0], nftaChainTable, t.last.Name)
 		w.request = nfnetlink.AppendString(w.request, nftaChainName, t.next.ChainName(id))
 		w.conn.Ask(unix.NFT_MSG_GETCHAIN, t.proto, w.request)
-		about[n].id = id
-		n++
+		asked = append(asked, question{i, false})
 		if last := t.sign(id).last; s.step == nfnetlink.Glance && last != 0 {
 			w.request = nfnetlink.AppendString(w.request[:0], nftaRuleTable, t.last.Name)
 			w.request = nfnetlink.AppendString(w.request, nftaRuleChain, t.next.ChainName(id))
 			w.request = nfnetlink.Append(w.request, nftaRuleHandle, binary.BigEndian.AppendUint64(nil, last))
 			w.conn.Ask(unix.NFT_MSG_GETRULE, t.proto, w.request)
-			about[n].id, about[n].rule = id, true
-			n++
+			asked = append(asked, question{i, true})
 		}
 	}
 	s.mu.Unlock()
-	return w.conn.Answers(func(i int, b []byte, err error) error {
-		gone := errors.Is(err, syscall.ENOENT)
-		if err != nil && !gone {
+	var used [lookAtOnce]uint32 // 0 for a chain that is gone
+	var lost [lookAtOnce]bool   // its last rule is gone
+	err := w.conn.Answers(func(i int, b []byte, err error) error {
+		q := asked[i]
+		switch {
+		case err != nil && !errors.Is(err, syscall.ENOENT):
 			return err
-		}
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		id, differs := about[i].id, gone
-		if !about[i].rule {
+		case q.ofRule:
+			lost[q.chain] = err != nil
+		default:
 			var a chainAttrs
 			nfnetlink.Collect(b, a[:])
-			used, _ := nfnetlink.Uint32(a[nftaChainUse])
-			sign := t.sign(id)
-			differs = sign.used != used
-			sign.used = used
-		}
-		if differs && s.step == nfnetlink.Glance {
-			t.enqueue(id)
+			used[q.chain], _ = nfnetlink.Uint32(a[nftaChainUse])
 		}
 		return nil
 	})
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, id := range ids {
+		sign := t.sign(id)
+		if s.step == nfnetlink.Glance && used[i] > 0 && (lost[i] || used[i] != sign.used) {
+			t.enqueue(id)
+		}
+		sign.used = used[i]
+	}
+	return nil
 }
 
 // worn reports whether the table is to be read anew.
