@@ -93,7 +93,8 @@ type plan struct {
 	sent   []rule  // all that send to an endpoint, by port
 	starts []int32 // of each port's in sent; one more than ports
 	rules  []rule  // those that count, in the order of the ruleset
-	states []state // by endpoint
+	found  []state // by endpoint: what its own rules say
+	states []state // by endpoint, also of those that share a rule
 }
 
 // earlier is what there was before a plan is made.
@@ -134,7 +135,7 @@ func newPlan(rs *netfilter.Ruleset, p *chain.Programmed, was *earlier) *plan {
 	var before *layout
 	if was != nil {
 		before = was.plan.layout
-		out.states, out.sent = make([]state, 0, len(was.plan.states)+spare), make([]rule, 0, len(was.plan.sent)+spare)
+		out.found, out.sent = make([]state, 0, len(was.plan.found)+spare), make([]rule, 0, len(was.plan.sent)+spare)
 	}
 	n := newNumbering(len(p.Services), before)
 	out.layout = n.layout
@@ -147,12 +148,12 @@ func newPlan(rs *netfilter.Ruleset, p *chain.Programmed, was *earlier) *plan {
 		}
 		if was == nil || !out.keep(rs, s, was, port) {
 			spots = n.add(s, spots[:0])
-			for len(out.states) < len(n.endpoints) {
-				out.states = append(out.states, counted)
+			for len(out.found) < len(n.endpoints) {
+				out.found = append(out.found, counted)
 			}
 			for _, at := range spots {
 				if st := out.find(rs, at); st != counted {
-					out.states[at.endpoint] = st
+					out.found[at.endpoint] = st
 				}
 			}
 		}
@@ -170,6 +171,10 @@ func (p *plan) keep(rs *netfilter.Ruleset, s *chain.Service, was *earlier, port 
 	if port == len(old.layout.ports) || old.layout.ports[port] != s.ServicePort || !sameRoutes(s, &was.programmed.Services[port]) {
 		return false
 	}
+	found := old.found[old.layout.starts[port]:old.layout.starts[port+1]]
+	if slices.Contains(found, noCounters) {
+		return false // now it may have some: those are no part of a chain's version
+	}
 	sent := old.sent[old.starts[port]:old.starts[port+1]]
 	for _, r := range sent {
 		now, then := rs.Tables[r.table].ByID(r.chain), was.rules.Tables[r.table].ByID(r.chain)
@@ -182,12 +187,7 @@ func (p *plan) keep(rs *netfilter.Ruleset, s *chain.Service, was *earlier, port 
 		r.endpoint += shift
 		p.sent = append(p.sent, r)
 	}
-	for _, st := range old.states[old.layout.starts[port]:old.layout.starts[port+1]] {
-		if st == shared {
-			st = counted // until part says otherwise
-		}
-		p.states = append(p.states, st)
-	}
+	p.found = append(p.found, found...)
 	p.layout.endpoints = append(p.layout.endpoints, old.layout.of(port)...)
 	p.layout.end(s.ServicePort)
 	return true
@@ -240,7 +240,7 @@ func mayCount(t *netfilter.Table, chain string) bool {
 // part sorts the rules, and leaves out those that do not count for one endpoint
 // alone.
 func (p *plan) part() {
-	p.rules = slices.Clone(p.sent)
+	p.rules, p.states = slices.Clone(p.sent), slices.Clone(p.found)
 	slices.SortFunc(p.rules, rule.compare)
 	p.rules = slices.Compact(p.rules)
 	same := func(a, b rule) bool { return a.table == b.table && a.chain == b.chain && a.index == b.index }
@@ -326,7 +326,7 @@ type gone struct {
 // reading is the last one.
 func (c *Counter) Update(rs *netfilter.Ruleset, p *chain.Programmed, at time.Time) *Connections {
 	switch {
-	case rs == c.rules:
+	case rs == c.rules && p == c.programmed:
 	case c.rules == nil:
 		now := &Connections{Since: at, plan: newPlan(rs, p, nil)}
 		now.counts, now.totals = make([]uint64, len(now.plan.states)), make([]uint64, len(now.plan.layout.ports))

@@ -157,6 +157,17 @@ func TestCounterRevised(t *testing.T) {
 	}
 }
 
+// Services may be worked out anew of the same rules, as for another address of the
+// node; what comes then is held against those.
+func TestCounterOtherServices(t *testing.T) {
+	var c Counter
+	rs, p := rulesWith(t, map[string]uint64{"10.0.0.1:80": 3, "10.0.0.2:80": 4})
+	c.Update(rs, p, time.Now())
+	c.Update(rs, &chain.Programmed{}, time.Now())
+	again := *rs
+	want(t, "the Services are back", c.Update(&again, p, time.Now()), 0, 0, 0)
+}
+
 func TestNotCounted(t *testing.T) {
 	clean := func(text string) string { return strings.ReplaceAll(text, "\t", "") }
 	for name, c := range map[string]struct{ rules, why string }{

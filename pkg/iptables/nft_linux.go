@@ -60,8 +60,8 @@ func (n *NFT) First(chains []string) { n.stepper.first, n.stepper.early = chains
 // not be asked for. It takes some three microseconds. Counters are no rules.
 func (n *NFT) Moved() bool { return n.follower.Moved() }
 
-// AsOf returns the generation of nf_tables that the last Refresh returned, which is
-// the same for all its tables; ok is false when it was none.
+// AsOf returns the generation of nf_tables that the last Refresh returned as a whole,
+// which is the same for all its tables; ok is false when there was none.
 func (n *NFT) AsOf() (generation uint32, ok bool) { return n.follower.AsOf() }
 
 // Close gives back what Refresh keeps for the next time.

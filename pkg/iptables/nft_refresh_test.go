@@ -405,6 +405,39 @@ func TestNFTGlanceLeavesRest(t *testing.T) {
 	}
 }
 
+// TestNFTGlanceUnreadable has another program spoil the table for a while, in which a
+// Service comes and goes, and wants the table unreadable as long as that lasts.
+func TestNFTGlanceUnreadable(t *testing.T) {
+	b := newNode(t, nftPrograms...)
+	services := kubeproxy.Synthetic(151, 10)
+	fewer := written(t, services[1:])
+	loadNFT(t, b, false, fewer)
+	var n NFT
+	defer n.Close()
+	n.First(nil)
+	refreshNFT(t, b, &n)
+	unreadable := func(when string, want bool) {
+		t.Helper()
+		for range 3 {
+			if got := len(refreshNFT(t, b, &n).Unreadable) > 0; got != want {
+				t.Errorf("%s: unreadable %t", when, got)
+			}
+		}
+	}
+	more := written(t, services)
+	run(t, b, "nft", "add chain ip nat FOREIGN { type nat hook prerouting priority -90; }")
+	unreadable("a foreign chain", true)
+	feed(t, b, partial(fewer, more), "iptables-nft-restore", "--noflush")
+	unreadable("a Service more", true)
+	feed(t, b, partial(more, fewer), "iptables-nft-restore", "--noflush")
+	unreadable("a Service less", true)
+	run(t, b, "nft", "delete chain ip nat FOREIGN")
+	unreadable("no foreign chain", false)
+	if diff := cmp.Diff(listing(readNFT(t, b)), listing(refreshNFT(t, b, &n))); diff != "" {
+		t.Errorf("(-read +refreshed):\n%s", diff)
+	}
+}
+
 // TestNFTGlanceWorn changes all Services until the memory of the tables is given up, and
 // wants Refresh to tell what Read tells, again and again.
 func TestNFTGlanceWorn(t *testing.T) {

@@ -126,8 +126,9 @@ const (
 	markQueued
 )
 
-// chainSign is by what Glance tells a chain from what it was. It is never newer
-// than the rules that were read.
+// chainSign is by what Glance tells a chain from what it was. A change that it
+// does not show, such as one that was under way when the sign was asked for, is left to
+// the steps that read the chain.
 type chainSign struct {
 	last uint64 // handle of its last rule; 0 for none
 	used uint32 // how many rules, and jumps to it, the kernel counts; 0 when not known
@@ -153,13 +154,10 @@ func (s *nftStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetl
 		if err := s.read(t); err != nil {
 			return nil, false, false, err
 		}
-	}
-	if s.gaveUp {
-		s.tables = before
-		for _, t := range s.tables {
-			t.unsigned = nil // may have numbers that are given anew
+		if s.gaveUp {
+			s.tables = before
+			return s.rules, s.interrupted, false, nil
 		}
-		return s.rules, s.interrupted, false, nil
 	}
 	next := &netfilter.Ruleset{}
 	same := s.rules != nil && slices.Equal(before, s.tables)
@@ -181,13 +179,15 @@ func (s *nftStepper) Step(ctx context.Context, conn *nfnetlink.Conn, step nfnetl
 }
 
 // skips reports whether the step can tell nothing early: all of a worn table is to
-// be read, and a glance is not worth it where no table is large.
+// be read, a glance is not worth it where no table is large, and cannot tell whether a
+// table has become readable.
 func (s *nftStepper) skips() bool {
 	switch s.step {
 	case nfnetlink.First:
 		return slices.ContainsFunc(s.tables, (*nftTable).worn)
 	case nfnetlink.Glance:
-		return !s.early || !slices.ContainsFunc(s.tables, (*nftTable).large) || slices.ContainsFunc(s.tables, (*nftTable).worn)
+		return !s.early || !slices.ContainsFunc(s.tables, (*nftTable).large) ||
+			slices.ContainsFunc(s.tables, func(t *nftTable) bool { return t.worn() || t.reason != "" })
 	}
 	return false
 }
@@ -335,6 +335,8 @@ func (t *nftTable) glancedAt(c *netfilter.Chain) bool {
 
 // learn asks for the signs of the chains that have been read anew.
 func (s *nftStepper) learn(t *nftTable) error {
+	// A step whose tables were of no use may have given numbers that are not there.
+	t.unsigned = slices.DeleteFunc(t.unsigned, func(id netfilter.ChainID) bool { return int(id) >= t.next.NameCount() })
 	err := s.look(t, t.unsigned)
 	t.unsigned = t.unsigned[:0]
 	return err
@@ -377,14 +379,14 @@ func (s *nftStepper) lookAt(t *nftTable, worker int, ids []netfilter.ChainID) er
 	}
 	s.mu.Unlock()
 	var used [lookAtOnce]uint32 // 0 for a chain that is gone
-	var lost [lookAtOnce]bool   // its last rule is gone
+	var lost [lookAtOnce]bool   // its last rule is gone, or cannot be told
 	err := w.conn.Answers(func(i int, b []byte, err error) error {
 		q := asked[i]
 		switch {
+		case q.ofRule: // one that is too long for an answer by itself is an error, too
+			lost[q.chain] = err != nil
 		case err != nil && !errors.Is(err, syscall.ENOENT):
 			return err
-		case q.ofRule:
-			lost[q.chain] = err != nil
 		default:
 			var a chainAttrs
 			nfnetlink.Collect(b, a[:])

@@ -62,8 +62,8 @@ func (l *Live) Refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 // not be asked for. It takes some three microseconds.
 func (l *Live) Moved() bool { return l.follower.Moved() }
 
-// AsOf returns the generation of nf_tables that the last Refresh returned, which is
-// the same for all its tables; ok is false when it was none.
+// AsOf returns the generation of nf_tables that the last Refresh returned as a whole,
+// which is the same for all its tables; ok is false when there was none.
 func (l *Live) AsOf() (generation uint32, ok bool) { return l.follower.AsOf() }
 
 // Close gives back what Refresh keeps for the next time.

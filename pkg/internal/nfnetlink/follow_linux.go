@@ -59,6 +59,7 @@ type Follower struct {
 	stepped    *netfilter.Ruleset // of the last step, whether it was believed or not
 	generation uint32             // of last
 	partly     bool               // last is what First or Glance returned
+	torn       bool               // last is no ruleset that was ever there
 	confirm    time.Time          // when everything has to be read again; zero for not at all
 }
 
@@ -72,8 +73,8 @@ func (f *Follower) Moved() bool {
 	return err != nil || f.last == nil || g != f.generation
 }
 
-// AsOf returns the generation of nf_tables that the last Refresh returned; ok is
-// false when it was none.
+// AsOf returns the generation of nf_tables that the last Refresh returned as a whole;
+// ok is false when there was none.
 func (f *Follower) AsOf() (generation uint32, ok bool) {
 	return f.generation, f.last != nil && !f.absent
 }
@@ -141,7 +142,7 @@ func (f *Follower) refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 		if rs, err := f.step(ctx, Counters); rs != nil || err != nil {
 			return rs, err
 		}
-	case f.last == f.stepped:
+	case f.last == f.stepped && !f.torn:
 		if rs, err := f.early(ctx); rs != nil || err != nil {
 			return rs, err
 		}
@@ -151,9 +152,8 @@ func (f *Follower) refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 			return rs, err
 		}
 	}
-	// f.stepped is no ruleset that was ever there; nor is it the last one, so
-	// that the next Refresh reads the changes again.
-	f.last, f.generation = f.stepped, f.generation-1
+	// The next Refresh reads the changes again.
+	f.last, f.generation, f.torn = f.stepped, f.generation-1, true
 	torn := *f.stepped
 	torn.Torn = true
 	return &torn, nil
@@ -172,7 +172,7 @@ func (f *Follower) early(ctx context.Context) (*netfilter.Ruleset, error) {
 			return nil, err
 		}
 		if rs != before {
-			f.generation, f.partly = f.generation-1, true
+			f.partly = true
 			return rs, nil
 		}
 	}
@@ -214,9 +214,9 @@ func (f *Follower) step(ctx context.Context, s Step) (*netfilter.Ruleset, error)
 	if err != nil || interrupted || before != after {
 		return nil, err
 	}
-	f.last, f.generation = rs, after
-	if s <= Changes {
-		f.partly = false
+	f.last = rs
+	if s != First && s != Glance { // those leave the rest of the generation to others
+		f.generation, f.partly, f.torn = after, false, false
 	}
 	return rs, nil
 }
