@@ -125,6 +125,9 @@ func (k *Keeper) Run(ctx context.Context) {
 	for moved := false; ctx.Err() == nil; {
 		start := time.Now()
 		_ = k.Refresh(ctx) // logged, and shown in every output
+		if s := k.current.Load(); s != nil && !s.Stale && s.Rules.Partly {
+			continue // findings about rules of different age are not to last
+		}
 		moved = k.pause(ctx, k.restsAfter(time.Since(start), moved))
 	}
 }

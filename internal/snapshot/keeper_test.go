@@ -695,3 +695,32 @@ func TestBuildCapture(t *testing.T) {
 		t.Errorf("%d Services at %v, checked %v", len(s.Programmed.Services), s.Time, s.Checked)
 	}
 }
+
+// firstPart returns its first reading as if it were a part only.
+type firstPart struct{ *script }
+
+func (r firstPart) Read(ctx context.Context) (*netfilter.Ruleset, error) {
+	rs, err := r.script.Read(ctx)
+	if err == nil {
+		rs.Partly = r.readings() == 1
+	}
+	return rs, err
+}
+
+// The rest of what has changed is read right after a part of it.
+func TestRestOfPart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k, r := newKeeper(dump)
+		k.Reader, r.takes = firstPart{r}, 50*time.Millisecond
+		during(t, k, func() {
+			time.Sleep(k.Interval / 2)
+			starts := r.starts()
+			if len(starts) != 2 {
+				t.Fatalf("%d readings, want the part and the rest", len(starts))
+			}
+			if late := starts[1].Sub(starts[0]) - r.takes; late != 0 {
+				t.Errorf("the rest was read %v after the part", late)
+			}
+		})
+	})
+}

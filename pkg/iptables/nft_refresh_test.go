@@ -268,14 +268,22 @@ func TestNFTFirst(t *testing.T) {
 			t.Errorf("the chain %s of a new endpoint was not read", nat.ChainName(netfilter.ChainID(e.A)))
 		}
 	}
-	if !n.Moved() {
-		t.Error("the other changes are forgotten")
+	if !n.Moved() || !first.Partly {
+		t.Errorf("the other changes are forgotten: moved %t, only a part %t", n.Moved(), first.Partly)
 	}
 	if diff := cmp.Diff(listing(readNFT(t, b)), listing(refreshNFT(t, b, &n))); diff != "" {
 		t.Errorf("afterwards (-read +refreshed):\n%s", diff)
 	}
 	if n.Moved() {
 		t.Error("rules that stand still have moved")
+	}
+
+	// Though what was asked for has changed once more, the rest is not put off.
+	feed(t, b, partial(after, dump), "iptables-nft-restore", "--noflush", "--counters")
+	refreshNFT(t, b, &n)
+	feed(t, b, partial(dump, after), "iptables-nft-restore", "--noflush", "--counters")
+	if rs := refreshNFT(t, b, &n); rs.Partly {
+		t.Error("one part after the other")
 	}
 }
 

@@ -33,6 +33,9 @@ type Ruleset struct {
 	// Torn says that the rules kept changing while they were read, so that
 	// parts of it may be older than others.
 	Torn bool
+	// Partly says that only a part of what has changed was read, so that rules may
+	// lead to chains that are newer than they: the next reading tells the rest.
+	Partly bool
 }
 
 // Unreadable is a table that exists but whose rules the reader cannot tell.
@@ -57,7 +60,7 @@ func Merge(sets ...*Ruleset) (*Ruleset, error) {
 			out.Tables = append(out.Tables, t)
 		}
 		out.Unreadable = append(out.Unreadable, s.Unreadable...)
-		out.Torn = out.Torn || s.Torn
+		out.Torn, out.Partly = out.Torn || s.Torn, out.Partly || s.Partly
 	}
 	// What one dump could not show, another may.
 	out.Unreadable = slices.DeleteFunc(out.Unreadable, func(u Unreadable) bool {

@@ -142,7 +142,7 @@ func (f *Follower) refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 		if rs, err := f.step(ctx, Counters); rs != nil || err != nil {
 			return rs, err
 		}
-	case f.last == f.stepped && !f.torn:
+	case f.last == f.stepped && !f.torn && !f.partly: // parts in a row would leave the rest out for long
 		if rs, err := f.early(ctx); rs != nil || err != nil {
 			return rs, err
 		}
@@ -160,20 +160,19 @@ func (f *Follower) refresh(ctx context.Context) (*netfilter.Ruleset, error) {
 }
 
 // early returns a part of what has changed, if that is quick to tell; nil for none.
-// The rest is left to the next Refresh.
+// The rest is left to the next Refresh, which is to come at once.
 func (f *Follower) early(ctx context.Context) (*netfilter.Ruleset, error) {
-	before, steps := f.last, []Step{First, Glance}
-	if f.partly { // many glances in a row would leave the rest out for long
-		steps = steps[:1]
-	}
-	for _, s := range steps {
+	before := f.last
+	for _, s := range []Step{First, Glance} {
 		rs, err := f.step(ctx, s)
 		if rs == nil || err != nil {
 			return nil, err
 		}
 		if rs != before {
 			f.partly = true
-			return rs, nil
+			part := *rs
+			part.Partly = true
+			return &part, nil
 		}
 	}
 	return nil, nil
