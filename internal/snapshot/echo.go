@@ -21,7 +21,7 @@ func (k *Keeper) probed(s *Snapshot) {
 	if k.Echo == nil {
 		return
 	}
-	if !s.Stale && !s.Rules.Torn {
+	if !s.Stale && !s.Rules.Torn && !s.Rules.Partly {
 		k.Echo.See(s.Programmed, s.Time)
 	}
 	k.takeEcho(s)
