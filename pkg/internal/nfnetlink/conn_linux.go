@@ -41,6 +41,7 @@ type Conn struct {
 	seq     uint32
 	request []byte // reused
 	asked   int    // how many questions stand in it, for Answers
+	rest    []byte // messages that were received, but not looked at
 	parts   [atOnce]part
 	got     int  // parts that were received last,
 	used    int  // and how many of those have been looked at
@@ -126,36 +127,27 @@ func (c *Conn) Dump(kind int, family uint8, attrs []byte, each func(attrs []byte
 	interrupted := false
 	var failed error // a dump is read to its end: only one may run on a socket
 	for {
-		part, err := c.receive()
+		m, err := c.answer(1)
 		if err != nil {
 			return err
 		}
-		for len(part) > 0 {
-			var m message
-			if m, part, err = cutMessage(part); err != nil {
+		interrupted = interrupted || m.flags&unix.NLM_F_DUMP_INTR != 0
+		switch {
+		case m.typ == unix.NLMSG_ERROR || m.typ == unix.NLMSG_DONE:
+			if err := m.errno(); err != nil {
 				return err
 			}
-			if m.seq != c.seq {
-				continue
+			if failed == nil && interrupted {
+				return ErrInterrupted
 			}
-			interrupted = interrupted || m.flags&unix.NLM_F_DUMP_INTR != 0
-			switch {
-			case m.typ == unix.NLMSG_ERROR || m.typ == unix.NLMSG_DONE:
-				if err := m.errno(); err != nil {
-					return err
-				}
-				if failed == nil && interrupted {
-					return ErrInterrupted
-				}
-				return failed
-			case m.typ < unix.NLMSG_MIN_TYPE || failed != nil:
-			default:
-				attrs, err := m.attrs()
-				if err != nil {
-					return err
-				}
-				failed = each(attrs)
+			return failed
+		case m.typ < unix.NLMSG_MIN_TYPE || failed != nil:
+		default:
+			attrs, err := m.attrs()
+			if err != nil {
+				return err
 			}
+			failed = each(attrs)
 		}
 	}
 }
@@ -166,28 +158,11 @@ func (c *Conn) Get(kind int, family uint8, attrs []byte) ([]byte, error) {
 	if err := c.send(kind, family, 0, attrs); err != nil {
 		return nil, err
 	}
-	for {
-		part, err := c.receive()
-		if err != nil {
-			return nil, err
-		}
-		for len(part) > 0 {
-			var m message
-			if m, part, err = cutMessage(part); err != nil {
-				return nil, err
-			}
-			if m.seq != c.seq {
-				continue
-			}
-			if m.typ == unix.NLMSG_ERROR {
-				if err := m.errno(); err != nil {
-					return nil, err
-				}
-				return nil, errAcknowledged
-			}
-			return m.attrs()
-		}
+	m, err := c.answer(1)
+	if err != nil {
+		return nil, err
 	}
+	return m.object()
 }
 
 // GetMany asks nf_tables for several objects with one message, such as elements
@@ -201,32 +176,16 @@ func (c *Conn) GetMany(kind int, family uint8, attrs []byte, n int, each func(at
 	if err := c.send(kind, family, 0, attrs); err != nil {
 		return err
 	}
-	for n > 0 {
-		part, err := c.receive()
+	for range n {
+		m, err := c.answer(1)
 		if err != nil {
 			return err
 		}
-		for len(part) > 0 && n > 0 {
-			var m message
-			if m, part, err = cutMessage(part); err != nil {
-				return err
-			}
-			if m.seq != c.seq {
-				continue
-			}
-			if m.typ == unix.NLMSG_ERROR {
-				if err := m.errno(); err != nil {
-					return err
-				}
-				return errAcknowledged
-			}
-			attrs, err := m.attrs()
-			if err != nil {
-				return err
-			}
-			each(attrs)
-			n--
+		attrs, err := m.object()
+		if err != nil {
+			return err
 		}
+		each(attrs)
 	}
 	return nil
 }
@@ -255,30 +214,13 @@ func (c *Conn) Answers(each func(i int, attrs []byte, err error) error) error {
 		return err
 	}
 	var failed error
-	first := c.seq - uint32(n) + 1
-	for answered := 0; answered < n; {
-		part, err := c.receive()
+	for range n {
+		m, err := c.answer(n)
 		if err != nil {
 			return err
 		}
-		for len(part) > 0 {
-			var m message
-			if m, part, err = cutMessage(part); err != nil {
-				return err
-			}
-			i := m.seq - first
-			if i >= uint32(n) {
-				continue
-			}
-			answered++
-			var attrs []byte
-			if m.typ == unix.NLMSG_ERROR {
-				err = cmp.Or(m.errno(), errAcknowledged)
-			} else {
-				attrs, err = m.attrs()
-			}
-			failed = cmp.Or(failed, each(int(i), attrs, err))
-		}
+		attrs, err := m.object()
+		failed = cmp.Or(failed, each(n-1-int(c.seq-m.seq), attrs, err))
 	}
 	return failed
 }
@@ -329,23 +271,17 @@ func (c *Conn) Await(generation uint32) error {
 		return err
 	}
 	for {
-		part, err := c.receive()
+		m, err := c.answer(1)
 		if err != nil {
 			return err
 		}
-		for len(part) > 0 {
-			var m message
-			if m, part, err = cutMessage(part); err != nil {
-				return err
-			}
-			if m.seq != c.seq || m.typ != unix.NLMSG_ERROR {
-				continue
-			}
-			if err := m.errno(); err != nil && !errors.Is(err, unix.ERESTART) {
-				return err
-			}
-			return nil
+		if m.typ != unix.NLMSG_ERROR {
+			continue
 		}
+		if err := m.errno(); err != nil && !errors.Is(err, unix.ERESTART) {
+			return err
+		}
+		return nil
 	}
 }
 
@@ -369,6 +305,7 @@ func (c *Conn) question(kind int, family uint8, flags uint16, attrs []byte) {
 }
 
 func (c *Conn) write() error {
+	c.rest = nil
 	for {
 		var err error
 		if c.brief {
@@ -381,6 +318,21 @@ func (c *Conn) write() error {
 		}
 		if !errors.Is(err, syscall.EINTR) {
 			return fmt.Errorf("asking over netlink: %w", err)
+		}
+	}
+}
+
+// answer returns the next message that answers one of the last n questions. It is valid
+// until the next call.
+func (c *Conn) answer(n int) (m message, err error) {
+	for {
+		if len(c.rest) == 0 {
+			if c.rest, err = c.receive(); err != nil {
+				return m, err
+			}
+		}
+		if m, c.rest, err = cutMessage(c.rest); err != nil || c.seq-m.seq < uint32(n) {
+			return m, err
 		}
 	}
 }
@@ -458,6 +410,15 @@ func (m message) attrs() ([]byte, error) {
 		return nil, errors.New("netlink: a message without a netfilter header")
 	}
 	return m.body[netfilterHeader:], nil
+}
+
+// object returns the attributes of the object that was asked for, or why there are
+// none.
+func (m message) object() ([]byte, error) {
+	if m.typ == unix.NLMSG_ERROR {
+		return nil, cmp.Or(m.errno(), errAcknowledged)
+	}
+	return m.attrs()
 }
 
 // errno returns the error of an NLMSG_ERROR or NLMSG_DONE, nil for success.

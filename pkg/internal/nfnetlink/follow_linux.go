@@ -57,7 +57,7 @@ type Follower struct {
 	absent     bool // the kernel has no nf_tables
 	last       *netfilter.Ruleset
 	stepped    *netfilter.Ruleset // of the last step, whether it was believed or not
-	generation uint32             // of last
+	generation uint32             // of the last that was read as a whole
 	partly     bool               // last is what First or Glance returned
 	torn       bool               // last is no ruleset that was ever there
 	confirm    time.Time          // when everything has to be read again; zero for not at all
@@ -80,7 +80,8 @@ func (f *Follower) AsOf() (generation uint32, ok bool) {
 }
 
 // Refresh returns the rules as of now. What it returned last time is returned
-// again when nothing has moved. If the rules keep changing, the result is Torn.
+// again when nothing has moved. If the rules keep changing, the result is Torn. A
+// part of what has changed, which is told early, is Partly.
 // The first call ties the follower to the namespace of the calling thread. An
 // error wraps the kernel's error number, and names the capability that is
 // missing; the next call starts anew.
