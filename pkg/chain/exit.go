@@ -28,6 +28,7 @@ type exitKey struct {
 	class    Class
 	protocol netfilter.Protocol
 	fromHost bool
+	rest     int // how many base chains are left at the hook by which it came
 	flags    flag
 	mark     uint32
 	connMark uint32
@@ -65,15 +66,16 @@ type entered struct {
 	long  bool // it has an index
 }
 
-// leave brings a state that nat is through with to its end.
-func (r *run) leave(s *state) {
+// leave brings a state that nat is through with to its end; rest are the base
+// chains left at the hook by which it came.
+func (r *run) leave(s *state, rest []netfilter.BaseChain) {
 	to := s.to.Addr()
 	if r.exits == nil || r.undecided != nil || r.view.node.isLocal(to) || to.IsLoopback() || to.IsMulticast() {
-		r.route(*s)
+		r.route(*s, rest)
 		return
 	}
 	p := &r.packet
-	k := exitKey{p.Source, p.In, r.class, p.Protocol, p.FromHost, s.flags, s.mark, s.connMark}
+	k := exitKey{p.Source, p.In, r.class, p.Protocol, p.FromHost, len(rest), s.flags, s.mark, s.connMark}
 	known := r.lastExits
 	if k != r.lastKey {
 		known = r.exits[k]
@@ -87,7 +89,7 @@ func (r *run) leave(s *state) {
 	}
 	r.exit = &exit{}
 	ends, senses := len(r.ends), len(r.sensitive)
-	r.route(*s)
+	r.route(*s, rest)
 	x := r.exit
 	r.exit = nil
 	// It must be one end, of the whole share.

@@ -157,22 +157,42 @@ func (r *run) outcomes() {
 	if r.packet.FromHost {
 		enters = netfilter.Output
 	}
-	sent := r.hook(enters, append(r.take(), state{to: netip.AddrPortFrom(r.packet.Destination, r.packet.Port), share: whole()}))
-	for i := range sent {
-		r.leave(&sent[i])
+	live := append(r.take(), state{to: netip.AddrPortFrom(r.packet.Destination, r.packet.Port), share: whole(), hook: enters})
+	for rest := r.family.hooks[enters]; len(rest) > 0; {
+		live, rest = r.next(enters, rest, live)
+		// Of what nat has sent on, each goes on alone, by a known exit if it can.
+		kept := live[:0]
+		for i := range live {
+			if live[i].has(rewritten) {
+				r.leave(&live[i], rest)
+			} else {
+				kept = append(kept, live[i])
+			}
+		}
+		live = kept
 	}
-	r.give(sent)
+	for i := range live {
+		r.leave(&live[i], nil)
+	}
+	r.give(live)
 }
 
-// route walks what nat has decided on to its end: the kernel routes it by the
-// new destination, and the filter chains see that one only.
-func (r *run) route(s state) {
+// route walks what nat has decided on to its end: through the base chains left at
+// the hook by which it came, and then the kernel routes it by the new destination,
+// and the filter chains see that one only.
+func (r *run) route(s state, rest []netfilter.BaseChain) {
 	one := append(r.take(), s)
+	for len(rest) > 0 {
+		one, rest = r.next(s.hook, rest, one)
+	}
 	local := r.view.node.isLocal(s.to.Addr())
 	switch {
 	case r.packet.FromHost:
 		if r.martian(&s) {
-			r.finish(&s, Drop, RuleRef{})
+			for i := range one {
+				r.finish(&one[i], Drop, RuleRef{})
+			}
+			r.give(one)
 			return
 		}
 		one = r.hook(netfilter.Postrouting, one)
@@ -219,22 +239,28 @@ func (r *run) hook(h netfilter.Hook, live []state) []state {
 	for i := range live {
 		live[i].hook = h
 	}
-	for bases := r.family.hooks[h]; len(bases) > 0; {
-		n := abreast(h, bases)
-		for _, base := range r.order(h, bases[:n], live) {
-			var skipped []state
-			if base.Base.Type == netfilter.TypeNAT {
-				live, skipped = r.natAsks(h, live)
-			}
-			if len(live) > 0 {
-				live = r.base(base, live)
-			}
-			live = append(live, skipped...)
-			r.give(skipped)
-		}
-		bases = bases[n:]
+	for rest := r.family.hooks[h]; len(rest) > 0; {
+		live, rest = r.next(h, rest, live)
 	}
 	return live
+}
+
+// next runs the first of the base chains at a hook, and those abreast of it, and
+// returns what goes on, and the chains that are left. It takes over the slice.
+func (r *run) next(h netfilter.Hook, bases []netfilter.BaseChain, live []state) (on []state, rest []netfilter.BaseChain) {
+	n := abreast(h, bases)
+	for _, base := range r.order(h, bases[:n], live) {
+		var skipped []state
+		if base.Base.Type == netfilter.TypeNAT {
+			live, skipped = r.natAsks(h, live)
+		}
+		if len(live) > 0 {
+			live = r.base(base, live)
+		}
+		live = append(live, skipped...)
+		r.give(skipped)
+	}
+	return live, bases[n:]
 }
 
 // natAsks parts the states that nat is still asked about at the hook from the
