@@ -69,8 +69,10 @@ type entered struct {
 // leave brings a state that nat is through with to its end; rest are the base
 // chains left at the hook by which it came.
 func (r *run) leave(s *state, rest []netfilter.BaseChain) {
-	to := s.to.Addr()
-	if r.exits == nil || r.undecided != nil || r.view.node.isLocal(to) || to.IsLoopback() || to.IsMulticast() {
+	if r.undecided != nil { // the walk is void
+		return
+	}
+	if r.exits == nil || r.view.apart(s.to.Addr()) {
 		r.route(*s, rest)
 		return
 	}
@@ -86,6 +88,13 @@ func (r *run) leave(s *state, rest []netfilter.BaseChain) {
 			r.follow(x, s)
 			return
 		}
+	}
+	if d := s.many; d != nil {
+		for i := range d.parts {
+			one := d.parts[i].of(s)
+			r.leave(&one, rest)
+		}
+		return
 	}
 	r.exit = &exit{}
 	ends, senses := len(r.ends), len(r.sensitive)
@@ -107,14 +116,39 @@ func (r *run) leave(s *state, rest []netfilter.BaseChain) {
 	r.exits[k] = r.lastExits
 }
 
-// holds reports whether a state takes the exit.
+// apart reports whether the kernel treats a destination unlike others, so that no
+// exit is for it.
+func (v *View) apart(to netip.Addr) bool {
+	return v.node.isLocal(to) || to.IsLoopback() || to.IsMulticast()
+}
+
+// holds reports whether a state takes the exit, with all of its destinations.
 func (x *exit) holds(r *run, s *state) bool {
+	if slices.ContainsFunc(x.entered, func(e entered) bool { return e.chain == r.watch }) {
+		return false
+	}
+	if s.many == nil {
+		return x.holdsFor(r, s)
+	}
+	one := *s
+	for i := range s.many.parts {
+		one.to = s.many.parts[i].to
+		if !x.holdsFor(r, &one) {
+			return false
+		}
+	}
+	return true
+}
+
+// holdsFor reports whether the answers to what is asked of the destination are
+// those of the exit.
+func (x *exit) holdsFor(r *run, s *state) bool {
 	for i := range x.asked {
 		if !x.asked[i].sameFor(r, s) {
 			return false
 		}
 	}
-	return !slices.ContainsFunc(x.entered, func(e entered) bool { return e.chain == r.watch })
+	return true
 }
 
 func (q *question) sameFor(r *run, s *state) bool {
@@ -135,13 +169,24 @@ func (r *run) follow(x *exit, s *state) {
 	for i := range x.entered {
 		r.tracks.enter(x.entered[i].at)
 		if x.entered[i].long && (x.end.verdict != DNAT || s.has(unresolvedTo)) { // a trail has the endpoints anyway
-			r.tracks.reach(s.to)
+			r.reachAll(s)
 		}
 	}
 	r.sensitive = append(r.sensitive, x.sensed...)
 	e := x.end
-	e.to, e.share, e.by = s.to, s.share, s.by
+	e.to, e.share, e.by, e.many = s.to, s.share, s.by, s.many
 	r.ends = append(r.ends, e)
+}
+
+// reachAll notes the destinations of a state.
+func (r *run) reachAll(s *state) {
+	if s.many == nil {
+		r.tracks.reach(s.to)
+		return
+	}
+	for i := range s.many.parts {
+		r.tracks.reach(s.many.parts[i].to)
+	}
 }
 
 // enters notes that a state with that destination enters a chain.

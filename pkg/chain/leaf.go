@@ -91,41 +91,73 @@ func leafMatches(matches []netfilter.Expr) (source netfilter.Expr, protocol netf
 	return source, protocol, true
 }
 
+// passes reports whether a leaf says all of what becomes of the packet in its
+// chain: where it sends to, and nothing that more is asked of.
+func (r *run) passes(l *leaf, c *netfilter.Chain) bool {
+	return l.port != 0 && (l.protocol == 0 || l.protocol == r.packet.Protocol) && l.to != r.packet.Source.As16() &&
+		c != r.watch && len(r.stack) < maxDepth
+}
+
 // pass takes a state through a chain that is a leaf, as r.chain would, and
-// reports whether it could: not for a packet that the leaf does not say all of,
-// nor when more is asked of the walk than where it ends.
+// reports whether it could.
 func (r *run) pass(t *netfilter.Table, id netfilter.ChainID, s *state, passed *[]state) bool {
 	l := &r.table.leaves[id]
-	if l.port == 0 || l.protocol != 0 && l.protocol != r.packet.Protocol || r.detailed() {
-		return false
-	}
-	c := t.ByID(id)
-	to := netip.AddrFrom16(l.to).Unmap()
-	if to == r.packet.Source || c == r.watch || len(r.stack) >= maxDepth {
+	if l.port == 0 || r.detailed() || !r.passes(l, t.ByID(id)) {
 		return false
 	}
 	r.tracks.enter(chainAt{r.table.number, id})
 	*passed = append(*passed, *s)
-	s = &(*passed)[len(*passed)-1]
-	s.flags |= rewritten
-	s.by = RuleRef{t, c, int(l.rule)}
-	s.to = netip.AddrPortFrom(to, l.port)
+	l.rewrite(t, id, &(*passed)[len(*passed)-1])
 	return true
 }
 
-// spread is how the last rules of a chain deal connections out to leaves. All
-// source classes meet the same, so that it is worked out once for a Service.
-type spread struct {
-	chain *netfilter.Chain
-	from  int   // the first of those rules
-	share Share // that arrives there
-	parts []part
+// rewrite gives a state the destination of the leaf.
+func (l *leaf) rewrite(t *netfilter.Table, id netfilter.ChainID, s *state) {
+	s.flags |= rewritten
+	s.by = RuleRef{t, t.ByID(id), int(l.rule)}
+	s.to = netip.AddrPortFrom(netip.AddrFrom16(l.to).Unmap(), l.port)
 }
 
-// part is what of the share goes to a leaf.
+// spread is how the last rules of a chain deal a share of the connections out to
+// leaves. All source classes meet the same, so that it is worked out once for a
+// frontend, and walks take it as one state where they can (see state.many).
+type spread struct {
+	chain     *netfilter.Chain
+	from      int // the first of those rules
+	share     Share
+	parts     []part
+	met       bool       // the tracks have the leaves
+	apart     bool       // some part has a destination that is treated apart
+	endpoints []Endpoint // made when first asked for
+}
+
+// part is what of the share goes to a leaf: a state's destination, the rule that
+// rewrote it, and its share.
 type part struct {
 	leaf  netfilter.ChainID
+	to    netip.AddrPort
+	by    RuleRef
 	share Share
+}
+
+// of returns what of a state goes to a part of its spread.
+func (p *part) of(s *state) state {
+	one := *s
+	one.many, one.to, one.by, one.share = nil, p.to, p.by, p.share
+	return one
+}
+
+// list returns the parts by address.
+func (d *spread) list() []Endpoint {
+	if d.endpoints == nil {
+		list := make([]Endpoint, len(d.parts))
+		for i := range d.parts {
+			p := &d.parts[i]
+			list[i] = Endpoint{Address: p.to, Share: p.share, Max: p.share, Chain: p.by.Chain.Name}
+		}
+		d.endpoints = merge(list)
+	}
+	return d.endpoints
 }
 
 // spreadFrom returns from which rule on a chain does nothing but deal out
@@ -138,70 +170,146 @@ func (t *tableView) spreadFrom(c *netfilter.Chain) int {
 		if len(rule) == 0 {
 			break
 		}
-		if e := rule[len(rule)-1]; e.Kind != netfilter.Jump || t.leaves[e.A].port == 0 {
+		all, ok := t.dealsOut(c, rule)
+		if !ok || !all && i == c.Len()-1 { // some go on
 			break
-		}
-		all := true
-		for _, e := range rule[:len(rule)-1] {
-			if e.Kind == netfilter.Random {
-				all = false
-			} else if e.Kind != netfilter.Comment {
-				return from
-			}
-		}
-		if !all && i == c.Len()-1 {
-			break // some go on
 		}
 		from = i
 	}
 	return from
 }
 
-// spread returns which of r.spreads is that of a chain, -1 for none.
-func (r *run) spread(c *netfilter.Chain) int {
-	if r.detailed() {
-		return -1
+// dealsOut reports whether a rule sends connections to leaves by chance alone, and
+// whether it does all that reach it.
+func (t *tableView) dealsOut(c *netfilter.Chain, rule []netfilter.Expr) (all, ok bool) {
+	last := rule[len(rule)-1]
+	switch last.Kind {
+	case netfilter.Jump:
+		if t.leaves[last.A].port == 0 {
+			return false, false
+		}
+	case netfilter.Choose:
+		left := last.B
+		for _, choice := range c.Choices(last) {
+			if v := choice.Verdict; v.Kind != netfilter.Jump && v.Kind != netfilter.Goto || t.leaves[v.A].port == 0 {
+				return false, false
+			}
+			left -= choice.Count
+		}
+		if left != 0 {
+			return false, false
+		}
+	default:
+		return false, false
 	}
-	for n := range r.spreads {
-		if r.spreads[n].chain == c {
-			return n
+	all = true
+	for _, e := range rule[:len(rule)-1] {
+		if e.Kind == netfilter.Random {
+			all = false
+		} else if e.Kind != netfilter.Comment {
+			return false, false
 		}
 	}
-	from := r.table.spreadFrom(c)
-	if from == c.Len() {
-		return -1
+	return all, true
+}
+
+// dealsFrom returns from which rule on a chain deals out connections to leaves; the
+// number of its rules when it does not, or when more is asked of the walk than
+// where it ends.
+func (r *run) dealsFrom(c *netfilter.Chain) int {
+	if r.detailed() {
+		return c.Len()
+	}
+	for _, d := range r.spreads {
+		if d.chain == c {
+			return d.from
+		}
+	}
+	return r.table.spreadFrom(c)
+}
+
+// mostSpreads bounds those of one frontend, which are gone through one by one.
+const mostSpreads = 32
+
+// spread returns how a chain deals out a share from a rule on; nil beyond
+// mostSpreads.
+func (r *run) spread(t *netfilter.Table, c *netfilter.Chain, from int, share Share) *spread {
+	for _, d := range r.spreads {
+		if d.chain == c && d.share == share {
+			return d
+		}
 	}
 	n := len(r.spreads)
-	if n == cap(r.spreads) {
-		r.spreads = append(r.spreads, spread{})
+	switch {
+	case n >= mostSpreads:
+		return nil
+	case n == cap(r.spreads) || r.spreads[:n+1][n] == nil:
+		r.spreads = append(r.spreads, &spread{})
+	default: // that of an earlier frontend lends its memory
+		r.spreads = r.spreads[:n+1]
 	}
-	r.spreads = r.spreads[:n+1]
-	r.spreads[n] = spread{chain: c, from: from, parts: r.spreads[n].parts[:0]}
-	return n
+	d := r.spreads[n]
+	*d = spread{chain: c, from: from, share: share, parts: d.parts[:0]}
+	rest := state{share: share}
+	for i := from; !rest.share.IsZero(); i++ {
+		rule := c.Rule(i)
+		taken := state{share: rest.share}
+		r.split(rule, &taken, &rest)
+		last := rule[len(rule)-1]
+		if last.Kind != netfilter.Choose {
+			r.add(d, t, last, taken.share)
+			continue
+		}
+		left := last.B
+		for _, choice := range c.Choices(last) {
+			var one Share
+			one, taken.share = r.splits.split(taken.share, choice.Count, left)
+			left -= choice.Count
+			r.add(d, t, choice.Verdict, one)
+		}
+	}
+	return d
+}
+
+// add adds what of a share goes to a leaf.
+func (r *run) add(d *spread, t *netfilter.Table, jump netfilter.Expr, share Share) {
+	if share.IsZero() {
+		return
+	}
+	id := netfilter.ChainID(jump.A)
+	var s state
+	r.table.leaves[id].rewrite(t, id, &s)
+	d.parts = append(d.parts, part{id, s.to, s.by, share})
+	d.apart = d.apart || r.view.apart(s.to.Addr())
 }
 
 // deal spreads a state over leaves, as going through the rules would, and reports
-// whether it could.
-func (r *run) deal(t *netfilter.Table, d *spread, s *state, passed *[]state) bool {
-	if d.share != s.share {
-		d.share, d.parts = s.share, d.parts[:0]
-		rest := state{share: s.share}
-		for i := d.from; !rest.share.IsZero(); i++ {
-			rule := d.chain.Rule(i)
-			taken := state{share: rest.share}
-			r.split(rule, &taken, &rest)
-			if !taken.share.IsZero() {
-				d.parts = append(d.parts, part{netfilter.ChainID(rule[len(rule)-1].A), taken.share})
-			}
-		}
+// whether it could. Of many states it makes one if all may take the same exit.
+func (r *run) deal(t *netfilter.Table, c *netfilter.Chain, from int, s *state, passed *[]state) bool {
+	d := r.spread(t, c, from, s.share)
+	if d == nil {
+		return false
 	}
-	before := len(*passed)
-	for _, p := range d.parts {
-		if !r.pass(t, p.leaf, s, passed) {
-			*passed = (*passed)[:before]
+	for i := range d.parts {
+		if p := &d.parts[i]; !r.passes(&r.table.leaves[p.leaf], p.by.Chain) {
 			return false
 		}
-		(*passed)[len(*passed)-1].share = p.share
+	}
+	if !d.met {
+		d.met = true
+		for i := range d.parts {
+			r.tracks.enter(chainAt{r.table.number, d.parts[i].leaf})
+		}
+	}
+	s.flags |= rewritten
+	if r.exits != nil && r.assume == nil && !d.apart && s.has(viaDispatch) {
+		one := *s
+		one.many, one.to, one.by = d, d.parts[0].to, d.parts[0].by
+		*passed = append(*passed, one)
+		return true
+	}
+	for i := range d.parts {
+		*passed = append(*passed, d.parts[i].of(s))
 	}
 	return true
 }

@@ -526,7 +526,7 @@ func (x *resolver) resolve(e *entry) {
 		}
 		route := x.walk(e, packet, class, nil)
 		ranges = x.addRanges(ranges)
-		routes, of[i] = addRoute(routes, route)
+		routes, of[i] = x.addRoute(routes, route)
 	}
 	for i := 0; i < len(ranges); i++ {
 		p := ranges[i]
@@ -538,7 +538,7 @@ func (x *resolver) resolve(e *entry) {
 			route := x.walk(e, packet, class, []netip.Prefix{p})
 			ranges = x.addRanges(ranges)
 			if !sameFate(routes[of[slices.Index(Classes, class)]], route) {
-				special, _ = addRoute(special, route)
+				special, _ = x.addRoute(special, route)
 			}
 		}
 	}
@@ -606,7 +606,7 @@ func (x *resolver) nodeAddress(f Frontend) netip.Addr {
 
 // addRoute appends a route, or puts its sources to one with the same answer.
 // It returns which one that is.
-func addRoute(routes []Route, r Route) ([]Route, int) {
+func (x *resolver) addRoute(routes []Route, r Route) ([]Route, int) {
 	for i := range routes {
 		if !sameFate(routes[i], r) || len(routes[i].Sources) > 0 && !slices.Equal(routes[i].From, r.From) {
 			continue
@@ -618,10 +618,12 @@ func addRoute(routes []Route, r Route) ([]Route, int) {
 		}
 		return routes, i
 	}
-	if i := slices.IndexFunc(routes, func(o Route) bool { return slices.Equal(o.Endpoints, r.Endpoints) }); i >= 0 {
+	if i := slices.IndexFunc(routes, func(o Route) bool {
+		return sameList(o.Endpoints, r.Endpoints) || slices.Equal(o.Endpoints, r.Endpoints)
+	}); i >= 0 {
 		r.Endpoints = routes[i].Endpoints
-	} else {
-		r.Endpoints = slices.Clone(r.Endpoints) // from the scratch list
+	} else if sameList(r.Endpoints, x.scratch) {
+		r.Endpoints = slices.Clone(r.Endpoints)
 	}
 	return append(routes, r), len(routes)
 }
@@ -629,8 +631,11 @@ func addRoute(routes []Route, r Route) ([]Route, int) {
 // sameFate reports whether two routes say the same.
 func sameFate(a, b Route) bool {
 	return a.Verdict == b.Verdict && a.Masquerade == b.Masquerade && a.Undelivered.Cmp(b.Undelivered) == 0 &&
-		slices.EqualFunc(a.Endpoints, b.Endpoints, sameEndpoint) && slices.Equal(a.Unknown, b.Unknown)
+		(sameList(a.Endpoints, b.Endpoints) || slices.EqualFunc(a.Endpoints, b.Endpoints, sameEndpoint)) && slices.Equal(a.Unknown, b.Unknown)
 }
+
+// sameList reports whether two routes have one list.
+func sameList(a, b []Endpoint) bool { return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0]) }
 
 func sameEndpoint(p, q Endpoint) bool {
 	return p.Address == q.Address && p.Unmasqueraded == q.Unmasqueraded && p.Share.Cmp(q.Share) == 0 && p.Max.Cmp(q.Max) == 0
@@ -649,7 +654,7 @@ func (x *resolver) walk(e *entry, p netfilter.Packet, class Class, sources []net
 	only := slices.Index(Classes, class)
 	route := Route{From: Classes[only : only+1 : only+1], Sources: sources} // shared: appending to it makes a copy
 	if len(worlds) == 1 {
-		x.scratch, route.Undelivered = endpoints(x.scratch[:0], worlds[0].ends)
+		x.deliver(&route, worlds[0].ends)
 		for i := range worlds[0].ends {
 			switch s := &worlds[0].ends[i]; s.verdict {
 			case Reject:
@@ -658,9 +663,9 @@ func (x *resolver) walk(e *entry, p netfilter.Packet, class Class, sources []net
 				route.Dropped = route.Dropped.plus(s.share)
 			}
 		}
-		route.Endpoints = x.scratch
 	} else {
 		route.Endpoints, route.Undelivered = bounds(worlds)
+		route.masquerade()
 		route.Unknown = influential(worlds, false)
 	}
 	route.Unknown = slices.Concat(route.Unknown, r.ignored, r.unresolved)
@@ -671,12 +676,27 @@ func (x *resolver) walk(e *entry, p netfilter.Packet, class Class, sources []net
 		route.Undelivered = whole()
 	}
 	route.Verdict = sumUp(worlds)
-	route.Masquerade = slices.ContainsFunc(route.Endpoints, func(ep Endpoint) bool { return !ep.Unmasqueraded })
-	for i := range route.Endpoints {
-		route.Endpoints[i].Unmasqueraded = route.Masquerade && route.Endpoints[i].Unmasqueraded
-	}
 	e.facts.add(x.view, class, sources, worlds, r)
 	return route
+}
+
+// deliver sets the endpoints of a route that was walked once.
+func (x *resolver) deliver(route *Route, ends []end) {
+	if len(ends) == 1 && ends[0].many != nil && ends[0].verdict == DNAT && len(x.run.ignored) == 0 {
+		route.Endpoints, route.Masquerade = ends[0].many.list(), ends[0].has(masqueraded)
+		return
+	}
+	x.scratch, route.Undelivered = endpoints(x.scratch[:0], ends)
+	route.Endpoints = x.scratch
+	route.masquerade()
+}
+
+// masquerade sums up of which endpoints it holds.
+func (r *Route) masquerade() {
+	r.Masquerade = slices.ContainsFunc(r.Endpoints, func(ep Endpoint) bool { return !ep.Unmasqueraded })
+	for i := range r.Endpoints {
+		r.Endpoints[i].Unmasqueraded = r.Masquerade && r.Endpoints[i].Unmasqueraded
+	}
 }
 
 // sumUp returns the one verdict of all ends, or mixed.
@@ -706,14 +726,26 @@ func endpoints(list []Endpoint, ends []end) (_ []Endpoint, undelivered Share) {
 			undelivered = undelivered.plus(s.share)
 			continue
 		}
+		if s.many != nil {
+			for _, ep := range s.many.list() {
+				ep.Unmasqueraded = !s.has(masqueraded)
+				list = append(list, ep)
+			}
+			continue
+		}
 		to := s.to
 		if s.has(unresolvedTo) {
 			to = netip.AddrPort{}
 		}
 		list = append(list, Endpoint{Address: to, Share: s.share, Max: s.share, Unmasqueraded: !s.has(masqueraded), Chain: s.by.Chain.Name})
 	}
+	return merge(list), undelivered
+}
+
+// merge sorts endpoints by address, and makes one of those that share it: a pod may
+// be reached through two chains. It takes over the slice.
+func merge(list []Endpoint) []Endpoint {
 	slices.SortStableFunc(list, func(a, b Endpoint) int { return a.Address.Compare(b.Address) })
-	// A pod may be reached through two chains.
 	out := list[:0]
 	for _, ep := range list {
 		if n := len(out); n > 0 && out[n-1].Address == ep.Address {
@@ -724,7 +756,7 @@ func endpoints(list []Endpoint, ends []end) (_ []Endpoint, undelivered Share) {
 		}
 		out = append(out, ep)
 	}
-	return out, undelivered
+	return out
 }
 
 // bounds sums up the walks of several worlds: each endpoint's least and

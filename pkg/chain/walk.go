@@ -61,6 +61,11 @@ type state struct {
 	flags    flag
 	by       RuleRef // the rule that rewrote the destination, or took the packet out of conntrack
 	path     *step
+	// many is set where the connections are dealt out to several destinations that
+	// fare alike: to and by are those of the first then. It is so from the rule that
+	// deals them out on, in nat, to an exit that holds for all of them; no base chain
+	// is run with it.
+	many *spread
 }
 
 func (s *state) has(f flag) bool { return s.flags&f != 0 }
@@ -129,9 +134,9 @@ type run struct {
 	stack     []*netfilter.Chain
 	spare     [][]state
 	splits    splits
-	spreads   []spread // that were worked out; of this walk and those before it
-	exits     exits    // nil to remember none
-	lastKey   exitKey  // with which exits was asked last
+	spreads   []*spread // of this walk and those before it to the same frontend
+	exits     exits     // nil to remember none
+	lastKey   exitKey   // with which exits was asked last
 	lastExits []*exit
 	exit      *exit // being recorded
 }
@@ -329,9 +334,9 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 	x := r.table.indexes[c.ID]
 	r.enters(c, x, live[0].to)
 	rules := x.rules(c, live[0].to.Addr(), r.packet.Protocol, live[0].to.Port())
-	spread := r.spread(c)
+	deals := r.dealsFrom(c)
 	for i := rules.step(); i >= 0 && len(live) > 0 && r.undecided == nil; i = rules.step() {
-		if spread >= 0 && i == r.spreads[spread].from && len(live) == 1 && r.deal(t, &r.spreads[spread], &live[0], passed) {
+		if i == deals && len(live) == 1 && r.deal(t, c, i, &live[0], passed) {
 			live = live[:0]
 			break
 		}
