@@ -137,12 +137,12 @@ func shortcuts(t *testing.T, rs *netfilter.Ruleset) (known, whole *resolver) {
 func result(e *entry) string {
 	var b strings.Builder
 	for _, r := range e.routes {
-		fmt.Fprintln(&b, r.From, r.Sources, r.Verdict, r.Masquerade, r.Undelivered.parts, r.Rejected.parts, r.Dropped.parts, len(r.Unknown))
+		fmt.Fprintln(&b, r.From, r.Sources, r.Verdict, r.Masquerade, r.Undelivered.parts(), r.Rejected.parts(), r.Dropped.parts(), len(r.Unknown))
 		for _, ref := range r.Unknown {
 			fmt.Fprintln(&b, " unknown", ref.Chain.Name, ref.Index)
 		}
 		for _, ep := range r.Endpoints {
-			fmt.Fprintln(&b, " ", ep.Address, ep.Share.parts, ep.Share.Exact(), ep.Max.parts, r.MasqueradesTo(ep), ep.Chain)
+			fmt.Fprintln(&b, " ", ep.Address, ep.Share.parts(), ep.Share.Exact(), ep.Max.parts(), r.MasqueradesTo(ep), ep.Chain)
 		}
 	}
 	chains := slices.SortedFunc(slices.Values(e.trail.chains), func(a, b chainAt) int {

@@ -1,6 +1,7 @@
 package chain
 
 import (
+	"cmp"
 	"math/big"
 	"math/bits"
 )
@@ -12,33 +13,33 @@ import (
 // and compare, and the parts of a split always add up to the whole. As the
 // product of the rules' own fractions it can be told without any rounding. A
 // share below 2^-126 counts as none.
-type Share struct {
-	parts uint128
-	how   *factor // nil stands for exactly 1
-}
+type Share struct{ how *factor } // nil stands for none
 
 // unit is the share of every connection.
 var unit = uint128{hi: 1 << 62}
 
-// whole is the share of every connection.
-func whole() Share { return Share{parts: unit} }
+var all = &factor{parts: unit, num: 1, den: 1}
 
-// factor is one step of how a share came about: the share before, times
-// num/den; or, where two ways met again, the sum of two shares.
+// whole is the share of every connection.
+func whole() Share { return Share{all} }
+
+// factor is a share, and the last step of how it came about: the share before,
+// times num/den; or, where two ways met again, the sum of two shares.
 type factor struct {
-	before   *factor
+	parts    uint128 // of 2^-126; never none
+	before   *factor // nil for the share of every connection
 	other    *factor // the second way; num and den mean nothing then
 	num, den uint32
-	size     int // factors of the whole expression, to bound Exact
+	size     int // steps of the whole expression, to bound Exact
 }
 
 // maxExact is the largest expression that Exact multiplies out: the numbers of
 // a Service with more endpoints have thousands of digits.
 const maxExact = 128
 
-// splits remembers the factors of a run: Services with as many endpoints part
-// their connections alike. Nil remembers nothing.
-type splits map[splitKey]*factor
+// splits remembers those of a run: Services with as many endpoints part their
+// connections alike. Nil remembers nothing.
+type splits map[splitKey][2]Share // taken, rest
 
 type splitKey struct {
 	before   *factor
@@ -50,28 +51,27 @@ const mostSplits = 1 << 16
 
 // split parts a share into num/den of it and the rest.
 func (m splits) split(s Share, num, den uint32) (taken, rest Share) {
-	taken.parts = s.parts.mulDiv(num, den)
-	rest.parts = s.parts.sub(taken.parts)
-	taken.how, rest.how = m.times(s.how, num, den), m.times(s.how, den-num, den)
-	return taken, rest
-}
-
-func (m splits) times(before *factor, num, den uint32) *factor {
-	k := splitKey{before, num, den}
-	if f, ok := m[k]; ok {
-		return f
+	k := splitKey{s.how, num, den}
+	if known, ok := m[k]; ok {
+		return known[0], known[1]
 	}
-	f := &factor{before: before, num: num, den: den, size: 1}
-	if before != nil {
-		f.size = min(1+before.size, maxExact+1)
-	}
+	parts := s.parts().mulDiv(num, den)
+	taken, rest = s.step(parts, num, den), s.step(s.parts().sub(parts), den-num, den)
 	if m != nil {
 		if len(m) == mostSplits {
 			clear(m)
 		}
-		m[k] = f
+		m[k] = [2]Share{taken, rest}
 	}
-	return f
+	return taken, rest
+}
+
+// step returns num/den of a share, which are those parts.
+func (s Share) step(parts uint128, num, den uint32) Share {
+	if parts == (uint128{}) {
+		return Share{}
+	}
+	return Share{&factor{parts: parts, before: s.how, num: num, den: den, size: min(1+s.how.size, maxExact+1)}}
 }
 
 // plus adds the share of another way to the same place.
@@ -82,43 +82,46 @@ func (s Share) plus(t Share) Share {
 	if t.IsZero() {
 		return s
 	}
-	f := &factor{before: s.how, other: t.how, size: maxExact + 1}
-	if s.how != nil && t.how != nil {
-		f.size = min(s.how.size+t.how.size, maxExact+1)
+	return Share{&factor{parts: s.how.parts.add(t.how.parts), before: s.how, other: t.how, size: min(s.how.size+t.how.size, maxExact+1)}}
+}
+
+// parts returns the share as a number of 2^-126.
+func (s Share) parts() uint128 {
+	if s.how == nil {
+		return uint128{}
 	}
-	return Share{parts: s.parts.add(t.parts), how: f}
+	return s.how.parts
 }
 
 // IsZero reports whether no connection goes this way.
-func (s Share) IsZero() bool { return s.parts == uint128{} }
+func (s Share) IsZero() bool { return s.how == nil }
 
 // IsWhole reports whether every connection goes this way.
-func (s Share) IsWhole() bool { return s.parts == unit }
+func (s Share) IsWhole() bool { return s.parts() == unit }
 
 // Cmp compares two shares: -1, 0 or +1.
 func (s Share) Cmp(t Share) int {
-	switch {
-	case s.parts == t.parts:
+	if s.how == t.how {
 		return 0
-	case s.parts.hi < t.parts.hi || s.parts.hi == t.parts.hi && s.parts.lo < t.parts.lo:
-		return -1
 	}
-	return 1
+	a, b := s.parts(), t.parts()
+	return cmp.Or(cmp.Compare(a.hi, b.hi), cmp.Compare(a.lo, b.lo))
 }
 
 // Float64 returns the share as a number from 0 to 1.
 func (s Share) Float64() float64 {
-	return float64(s.parts.hi)/(1<<62) + float64(s.parts.lo)/(1<<63)/(1<<63)
+	parts := s.parts()
+	return float64(parts.hi)/(1<<62) + float64(parts.lo)/(1<<63)/(1<<63)
 }
 
 // Exact returns the share as a reduced fraction such as
 // "715827883/2147483648", or "" when its numbers would be unreasonably long
 // (the last endpoints of a Service with more than 128 of them).
 func (s Share) Exact() string {
-	if s.IsZero() {
+	switch {
+	case s.IsZero():
 		return "0/1"
-	}
-	if s.how != nil && s.how.size > maxExact {
+	case s.how.size > maxExact:
 		return ""
 	}
 	return s.how.rat().String()

@@ -79,7 +79,7 @@ func TestSplitLosesNothing(t *testing.T) {
 		sum := new(big.Int)
 		var joined Share
 		for _, s := range parts {
-			sum.Add(sum, s.parts.big())
+			sum.Add(sum, s.parts().big())
 			joined = joined.plus(s)
 		}
 		if sum.Cmp(unit.big()) != 0 {
@@ -108,7 +108,7 @@ func TestSplitEvenly(t *testing.T) {
 			if told := taken.Exact() != ""; told != (i < maxExact || n <= maxExact) {
 				t.Errorf("endpoint %d of %d: Exact is %q", i, n, taken.Exact())
 			}
-			sum.Add(sum, taken.parts.big())
+			sum.Add(sum, taken.parts().big())
 		}
 		if sum.Cmp(unit.big()) != 0 {
 			t.Errorf("%d endpoints get %v of %v", n, sum, unit.big())
@@ -181,9 +181,9 @@ func TestBothFormsAgree(t *testing.T) {
 			exact := exactly(t, s)
 			sum.Add(sum, exact)
 			// 40 splits are off by less than 40 units in 2^126.
-			d := new(big.Rat).Sub(new(big.Rat).Mul(exact, scale), new(big.Rat).SetInt(s.parts.big()))
+			d := new(big.Rat).Sub(new(big.Rat).Mul(exact, scale), new(big.Rat).SetInt(s.parts().big()))
 			if d.Abs(d).Cmp(big.NewRat(40, 1)) > 0 {
-				t.Fatalf("%v is kept as %v of 2^126: off by %v", exact, s.parts.big(), d.FloatString(1))
+				t.Fatalf("%v is kept as %v of 2^126: off by %v", exact, s.parts().big(), d.FloatString(1))
 			}
 			if f, _ := exact.Float64(); math.Abs(f-s.Float64()) > 1e-15*f+1e-36 {
 				t.Fatalf("%v is told as %v", exact, s.Float64())
@@ -208,9 +208,9 @@ func TestCmp(t *testing.T) {
 		return a
 	}
 	for range 10000 {
-		a, b := Share{parts: word()}, Share{parts: word()}
-		if got, want := a.Cmp(b), a.parts.big().Cmp(b.parts.big()); got != want {
-			t.Fatalf("%v and %v: %d, want %d", a.parts, b.parts, got, want)
+		a, b := Share{&factor{parts: word()}}, Share{&factor{parts: word()}}
+		if got, want := a.Cmp(b), a.parts().big().Cmp(b.parts().big()); got != want {
+			t.Fatalf("%v and %v: %d, want %d", a.parts(), b.parts(), got, want)
 		}
 	}
 }

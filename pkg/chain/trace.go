@@ -191,7 +191,7 @@ func fingerprint(w world, masquerading bool) string {
 		if o.Masquerade && masquerading {
 			b = append(b, 'm')
 		}
-		b = fmt.Appendf(b, " %x.%x;", o.Share.parts.hi, o.Share.parts.lo)
+		b = fmt.Appendf(b, " %x.%x;", o.Share.parts().hi, o.Share.parts().lo)
 	}
 	return string(b)
 }
