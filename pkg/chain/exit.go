@@ -91,7 +91,7 @@ func (r *run) leave(s *state, rest []netfilter.BaseChain) {
 	}
 	if d := s.many; d != nil {
 		for i := range d.parts {
-			one := d.parts[i].of(s)
+			one := d.rewrite(s, i)
 			r.leave(&one, rest)
 		}
 		return

@@ -406,7 +406,7 @@ func (f *finder) backends() {
 			if isNFTables(t) {
 				c = t.Lookup("services")
 			}
-			if t.Family == fv.family && (t.Name == "nat" || isNFTables(t)) && c != nil && c.Len() > 0 && (leads(t, netfilter.Prerouting, c) || leads(t, netfilter.Output, c)) {
+			if t.Family == fv.family && (t.Name == "nat" || isNFTables(t)) && c != nil && c.Len() > 0 && (f.view.leads(t, netfilter.Prerouting, c) || f.view.leads(t, netfilter.Output, c)) {
 				holders = append(holders, RuleRef{t, c, 0})
 				names = append(names, string(t.Backend))
 			}
@@ -456,7 +456,7 @@ func (f *finder) hooks() {
 			if t.Name != j.table || c == nil || c.Len() == 0 {
 				continue
 			}
-			if leads(t, j.hook, c) {
+			if f.view.leads(t, j.hook, c) {
 				continue
 			}
 			who := map[netfilter.Hook]string{
@@ -478,12 +478,12 @@ func (f *finder) hooks() {
 }
 
 // leads reports whether jumps lead from a hook to a chain.
-func leads(t *netfilter.Table, h netfilter.Hook, to *netfilter.Chain) bool {
+func (v *View) leads(t *netfilter.Table, h netfilter.Hook, to *netfilter.Chain) bool {
 	seen := make([]bool, t.NameCount())
 	var queue []*netfilter.Chain
-	for c := range t.Chains() {
-		if c.Base != nil && c.Base.Hook == h {
-			queue = append(queue, c)
+	for _, b := range v.of(t.Family).hooks[h] {
+		if b.Table == t {
+			queue = append(queue, b.Chain)
 		}
 	}
 	for len(queue) > 0 {

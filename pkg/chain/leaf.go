@@ -93,16 +93,16 @@ func leafMatches(matches []netfilter.Expr) (source netfilter.Expr, protocol netf
 
 // passes reports whether a leaf says all of what becomes of the packet in its
 // chain: where it sends to, and nothing that more is asked of.
-func (r *run) passes(l *leaf, c *netfilter.Chain) bool {
+func (r *run) passes(l *leaf, t *netfilter.Table, id netfilter.ChainID) bool {
 	return l.port != 0 && (l.protocol == 0 || l.protocol == r.packet.Protocol) && l.to != r.packet.Source.As16() &&
-		c != r.watch && len(r.stack) < maxDepth
+		(r.watch == nil || id != r.watch.ID || t.ByID(id) != r.watch) && len(r.stack) < maxDepth
 }
 
 // pass takes a state through a chain that is a leaf, as r.chain would, and
 // reports whether it could.
 func (r *run) pass(t *netfilter.Table, id netfilter.ChainID, s *state, passed *[]state) bool {
 	l := &r.table.leaves[id]
-	if l.port == 0 || r.detailed() || !r.passes(l, t.ByID(id)) {
+	if l.port == 0 || r.detailed() || !r.passes(l, t, id) {
 		return false
 	}
 	r.tracks.enter(chainAt{r.table.number, id})
@@ -115,13 +115,19 @@ func (r *run) pass(t *netfilter.Table, id netfilter.ChainID, s *state, passed *[
 func (l *leaf) rewrite(t *netfilter.Table, id netfilter.ChainID, s *state) {
 	s.flags |= rewritten
 	s.by = RuleRef{t, t.ByID(id), int(l.rule)}
-	s.to = netip.AddrPortFrom(netip.AddrFrom16(l.to).Unmap(), l.port)
+	s.to = l.dest()
+}
+
+func (l *leaf) dest() netip.AddrPort {
+	return netip.AddrPortFrom(netip.AddrFrom16(l.to).Unmap(), l.port)
 }
 
 // spread is how the last rules of a chain deal a share of the connections out to
 // leaves. All source classes meet the same, so that it is worked out once for a
 // frontend, and walks take it as one state where they can (see state.many).
 type spread struct {
+	table     *netfilter.Table
+	leaves    []leaf // of the table
 	chain     *netfilter.Chain
 	from      int // the first of those rules
 	share     Share
@@ -131,19 +137,18 @@ type spread struct {
 	endpoints []Endpoint // made when first asked for
 }
 
-// part is what of the share goes to a leaf: a state's destination, the rule that
-// rewrote it, and its share.
+// part is what of the share goes to a leaf.
 type part struct {
 	leaf  netfilter.ChainID
 	to    netip.AddrPort
-	by    RuleRef
 	share Share
 }
 
-// of returns what of a state goes to a part of its spread.
-func (p *part) of(s *state) state {
-	one := *s
-	one.many, one.to, one.by, one.share = nil, p.to, p.by, p.share
+// rewrite returns what of a state goes to a part.
+func (d *spread) rewrite(s *state, n int) state {
+	one, p := *s, &d.parts[n]
+	d.leaves[p.leaf].rewrite(d.table, p.leaf, &one)
+	one.many, one.share = nil, p.share
 	return one
 }
 
@@ -153,7 +158,7 @@ func (d *spread) list() []Endpoint {
 		list := make([]Endpoint, len(d.parts))
 		for i := range d.parts {
 			p := &d.parts[i]
-			list[i] = Endpoint{Address: p.to, Share: p.share, Max: p.share, Chain: p.by.Chain.Name}
+			list[i] = Endpoint{Address: p.to, Share: p.share, Max: p.share, Chain: d.table.ChainName(p.leaf)}
 		}
 		d.endpoints = merge(list)
 	}
@@ -249,7 +254,7 @@ func (r *run) spread(t *netfilter.Table, c *netfilter.Chain, from int, share Sha
 		r.spreads = r.spreads[:n+1]
 	}
 	d := r.spreads[n]
-	*d = spread{chain: c, from: from, share: share, parts: d.parts[:0]}
+	*d = spread{table: t, leaves: r.table.leaves, chain: c, from: from, share: share, parts: d.parts[:0]}
 	rest := state{share: share}
 	for i := from; !rest.share.IsZero(); i++ {
 		rule := c.Rule(i)
@@ -257,7 +262,7 @@ func (r *run) spread(t *netfilter.Table, c *netfilter.Chain, from int, share Sha
 		r.split(rule, &taken, &rest)
 		last := rule[len(rule)-1]
 		if last.Kind != netfilter.Choose {
-			r.add(d, t, last, taken.share)
+			r.add(d, last, taken.share)
 			continue
 		}
 		left := last.B
@@ -265,22 +270,20 @@ func (r *run) spread(t *netfilter.Table, c *netfilter.Chain, from int, share Sha
 			var one Share
 			one, taken.share = r.splits.split(taken.share, choice.Count, left)
 			left -= choice.Count
-			r.add(d, t, choice.Verdict, one)
+			r.add(d, choice.Verdict, one)
 		}
 	}
 	return d
 }
 
 // add adds what of a share goes to a leaf.
-func (r *run) add(d *spread, t *netfilter.Table, jump netfilter.Expr, share Share) {
+func (r *run) add(d *spread, jump netfilter.Expr, share Share) {
 	if share.IsZero() {
 		return
 	}
-	id := netfilter.ChainID(jump.A)
-	var s state
-	r.table.leaves[id].rewrite(t, id, &s)
-	d.parts = append(d.parts, part{id, s.to, s.by, share})
-	d.apart = d.apart || r.view.apart(s.to.Addr())
+	l := &d.leaves[jump.A]
+	d.parts = append(d.parts, part{netfilter.ChainID(jump.A), l.dest(), share})
+	d.apart = d.apart || r.view.apart(l.dest().Addr())
 }
 
 // deal spreads a state over leaves, as going through the rules would, and reports
@@ -291,7 +294,7 @@ func (r *run) deal(t *netfilter.Table, c *netfilter.Chain, from int, s *state, p
 		return false
 	}
 	for i := range d.parts {
-		if p := &d.parts[i]; !r.passes(&r.table.leaves[p.leaf], p.by.Chain) {
+		if id := d.parts[i].leaf; !r.passes(&d.leaves[id], t, id) {
 			return false
 		}
 	}
@@ -303,13 +306,13 @@ func (r *run) deal(t *netfilter.Table, c *netfilter.Chain, from int, s *state, p
 	}
 	s.flags |= rewritten
 	if r.exits != nil && r.assume == nil && !d.apart && s.has(viaDispatch) {
-		one := *s
-		one.many, one.to, one.by = d, d.parts[0].to, d.parts[0].by
+		one := d.rewrite(s, 0)
+		one.many, one.share = d, s.share
 		*passed = append(*passed, one)
 		return true
 	}
 	for i := range d.parts {
-		*passed = append(*passed, d.parts[i].of(s))
+		*passed = append(*passed, d.rewrite(s, i))
 	}
 	return true
 }

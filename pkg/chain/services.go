@@ -271,7 +271,7 @@ type clash struct {
 // discover lists the frontends. Chains and comments only name things here;
 // what happens to a packet is the walk's to say.
 func (v *View) discover() *discovery {
-	d := &discovery{view: v, at: map[frontKey]*entry{}, names: map[string]ServicePort{}, accepted: map[netfilter.Family][]netip.Addr{}, nodePorts: map[ServicePort]bool{}}
+	d := &discovery{view: v, at: make(map[frontKey]*entry, v.frontends()), names: map[string]ServicePort{}, accepted: map[netfilter.Family][]netip.Addr{}, nodePorts: map[ServicePort]bool{}}
 	for _, t := range v.rules.Tables {
 		if isNFTables(t) {
 			d.maps(t)
@@ -307,6 +307,17 @@ func (v *View) discover() *discovery {
 		}
 	}
 	return d
+}
+
+// frontends returns how many frontends there are about.
+func (v *View) frontends() int {
+	n := 0
+	for _, t := range v.rules.Tables {
+		if c := t.Lookup("KUBE-SERVICES"); t.Name == "nat" && c != nil {
+			n += c.Len()
+		}
+	}
+	return n
 }
 
 // asked is what a dispatch rule asks of a packet.
@@ -361,7 +372,7 @@ func (d *discovery) dispatch(ref RuleRef) {
 		}
 		return
 	}
-	if target != nil && onlyMarks(target) {
+	if target != nil && chainHash(name) == "" && onlyMarks(target) {
 		return // kube-proxy up to v1.21 masquerades here, ahead of the jump
 	}
 	front := Frontend{Family: family, Address: a.addr, Port: a.port}
@@ -498,6 +509,8 @@ type resolver struct {
 	view    *View
 	run     run
 	scratch []Endpoint // of the route being worked out
+	// Which sources stand for a range among others: Services mostly have the same.
+	sources map[netip.Prefix]standIns
 	// Of the frontend being worked out; special are those for particular sources.
 	routes, special []Route
 }
@@ -530,7 +543,7 @@ func (x *resolver) resolve(e *entry) {
 	}
 	for i := 0; i < len(ranges); i++ {
 		p := ranges[i]
-		for _, source := range x.view.standIns(p, ranges) {
+		for _, source := range x.standIns(p, ranges) {
 			packet, class := x.view.PacketFrom(source, to, e.service.Protocol)
 			if general, _ := x.view.Packet(class, to, e.service.Protocol); p.Contains(general.Source) {
 				continue // the class as a whole was walked with such a source
@@ -554,6 +567,28 @@ func (x *resolver) addRanges(ranges []netip.Prefix) []netip.Prefix {
 	}
 	return ranges
 }
+
+// standIns are the addresses that stand for a range among others.
+type standIns struct {
+	among   []netip.Prefix
+	sources []netip.Addr
+}
+
+// standIns is View.standIns, which is asked only once as long as ranges are alike.
+func (x *resolver) standIns(p netip.Prefix, ranges []netip.Prefix) []netip.Addr {
+	if known, ok := x.sources[p]; ok && slices.Equal(known.among, ranges) {
+		return known.sources
+	}
+	if x.sources == nil || len(x.sources) >= mostSources {
+		x.sources = map[netip.Prefix]standIns{}
+	}
+	of := standIns{slices.Clone(ranges), x.view.standIns(p, ranges)}
+	x.sources[p] = of
+	return of.sources
+}
+
+// mostSources bounds what a resolver remembers of source ranges.
+const mostSources = 256
 
 // standIns returns an address of the range for each source class that has any
 // there, outside the narrower ranges that rules ask for as well.

@@ -26,7 +26,7 @@ type View struct {
 // familyView is what is worked out once per family.
 type familyView struct {
 	family  netfilter.Family
-	hooks   [5][]netfilter.BaseChain
+	hooks   [netfilter.Postrouting + 1][]netfilter.BaseChain
 	tables  map[*netfilter.Table]*tableView
 	sources map[Class]netip.Addr // an address that stands for the class
 	named   *sourceRanges
@@ -153,9 +153,7 @@ func newView(rs *netfilter.Ruleset, node Node, pods map[podHint]int) *View {
 
 // complete works out what does not depend on single chains.
 func (v *View) complete(fv *familyView) {
-	for h := netfilter.Prerouting; h <= netfilter.Postrouting; h++ {
-		fv.hooks[h] = v.rules.BaseChains(fv.family, h)
-	}
+	fv.hooks = v.rules.BaseChains(fv.family)
 	fv.masquerade, fv.drop = fv.marks("KUBE-MARK-MASQ"), fv.marks("KUBE-MARK-DROP")
 	v.choosePackets(fv)
 }
@@ -235,9 +233,10 @@ type podHint struct {
 // countPods adds what a chain tells about where pods are, as often as by says.
 // Pods are those that are not masqueraded on their way to a ClusterIP, and those
 // whose way to an external address is that to a ClusterIP: the local traffic
-// detector of kube-proxy (pkg/proxy/util/localdetector.go).
+// detector of kube-proxy (pkg/proxy/util/localdetector.go). The chains of endpoints,
+// which are most, have nothing of the kind.
 func countPods(pods map[podHint]int, t *netfilter.Table, c *netfilter.Chain, by int) {
-	if c == nil || t.Name != "nat" && !isNFTables(t) {
+	if c == nil || t.Name != "nat" && !isNFTables(t) || isEndpointChain(c.Name) {
 		return
 	}
 	add := func(h podHint) {

@@ -96,25 +96,27 @@ type BaseChain struct {
 	Table *Table
 }
 
-// BaseChains returns the chains of the family that hang on the hook, in the
+// BaseChains returns the chains of the family that hang on each hook, in the
 // order in which a packet meets them: by priority, then as the tables stand. All
 // nat chains run where the kernel's nat does, whatever their priority, which only
 // orders them among themselves (nf_nat_inet_fn in net/netfilter/nf_nat_core.c).
-func (rs *Ruleset) BaseChains(f Family, h Hook) []BaseChain {
-	var out []BaseChain
+func (rs *Ruleset) BaseChains(f Family) [Postrouting + 1][]BaseChain {
+	var out [Postrouting + 1][]BaseChain
 	for _, t := range rs.Tables {
 		if t.Family != f {
 			continue
 		}
 		for _, id := range t.order {
-			if c := t.chains[id]; c.Base != nil && c.Base.Hook == h {
-				out = append(out, BaseChain{c, t})
+			if c := t.chains[id]; c.Base != nil && int(c.Base.Hook) < len(out) { // ingress is none of these
+				out[c.Base.Hook] = append(out[c.Base.Hook], BaseChain{c, t})
 			}
 		}
 	}
-	slices.SortStableFunc(out, func(a, b BaseChain) int {
-		return cmp.Or(cmp.Compare(a.Base.at(), b.Base.at()), cmp.Compare(a.Base.Type, b.Base.Type), cmp.Compare(a.Base.Priority, b.Base.Priority))
-	})
+	for _, chains := range out {
+		slices.SortStableFunc(chains, func(a, b BaseChain) int {
+			return cmp.Or(cmp.Compare(a.Base.at(), b.Base.at()), cmp.Compare(a.Base.Type, b.Base.Type), cmp.Compare(a.Base.Priority, b.Base.Priority))
+		})
+	}
 	return out
 }
 

@@ -312,16 +312,16 @@ func TestBaseChains(t *testing.T) {
 	add(IPv4, "raw", BackendNFT, Base{Hook: Output, Priority: -300})
 	add(IPv4, "nat", BackendLegacy, Base{Hook: Output, Priority: -100, Type: TypeNAT})
 	var got []string
-	for _, b := range rs.BaseChains(IPv4, Output) {
+	for _, b := range rs.BaseChains(IPv4)[Output] {
 		got = append(got, fmt.Sprintf("%s %s", b.Table.Backend, b.Name))
 	}
 	if want := []string{"iptables-nft raw0", "iptables-nft nat0", "iptables-legacy nat0", "iptables-nft filter0"}; !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
-	if got := rs.BaseChains(IPv4, Forward); len(got) != 0 {
+	if got := rs.BaseChains(IPv4)[Forward]; len(got) != 0 {
 		t.Errorf("%d chains in FORWARD", len(got))
 	}
-	if got := rs.BaseChains(IPv6, Output); len(got) != 1 {
+	if got := rs.BaseChains(IPv6)[Output]; len(got) != 1 {
 		t.Errorf("%d chains of IPv6", len(got))
 	}
 }
