@@ -16,7 +16,8 @@ import (
 //	              route, noting what is asked of the destination ──▶ an exit
 //
 // An exit holds for another destination when every question gets the answer that
-// it got then: the rules cannot tell the two apart.
+// it got then: the rules cannot tell the two apart. What a chain deals out to many
+// destinations (leaf.go) takes it as one state if it holds for each of them.
 
 // exits are those that a run remembers.
 type exits map[exitKey][]*exit

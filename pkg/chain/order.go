@@ -44,6 +44,9 @@ func (r *run) order(h netfilter.Hook, bases []netfilter.BaseChain, live []state)
 	if len(bases) == 1 && !isForeign(bases[0].Table) || r.undecided != nil || len(live) == 0 {
 		return bases
 	}
+	if len(bases) > 1 && !slices.ContainsFunc(live, func(s state) bool { return !s.has(rewritten | notTracked) }) {
+		return bases // none of them is asked
+	}
 	asked := slices.DeleteFunc(slices.Clone(bases), func(b netfilter.BaseChain) bool {
 		return b.Len() == 0 && b.Base.Policy == netfilter.Accept || directsAt(h) && isForeign(b.Table) && r.idle(h, b, live)
 	})
