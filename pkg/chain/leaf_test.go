@@ -2,16 +2,18 @@ package chain
 
 import (
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/natlens/natlens/pkg/iptables"
+	"github.com/natlens/natlens/pkg/nftables"
 )
 
 // Walks that know what an endpoint's chain comes to must come to what those do
 // that go through its rules, for chains that almost are such ones, too.
 func TestLeaves(t *testing.T) {
-	dumps := captures(t, "*.save")
+	dumps := slices.Concat(captures(t, "*.save"), captures(t, "*.json"))
 	edits := map[string]struct{ match, by string }{
 		"as it is":                            {},
 		"the port stays":                      {`--to-destination (\d\S+):\d+`, "--to-destination $1"},
@@ -39,6 +41,13 @@ func TestLeaves(t *testing.T) {
 		"endpoints of a protocol":             {`(-A KUBE-SVC-\S+) (.*-j KUBE-SEP-)`, "$1 -p tcp $2"},
 		"without coming back":                 {`(-A KUBE-SVC-.*)-j (KUBE-SEP-)`, "${1}-g $2"},
 		"the DNAT stands among the endpoints": {`(-A KUBE-SVC-.*)-j KUBE-SEP-\S+`, "$1-p tcp -j DNAT --to-destination 10.99.0.9:80"},
+		// nftables mode.
+		"one number leads nowhere":         {`\[\[0, \{"goto": \{"target": "endpoint-[^"]+"\}\}\], `, "["},
+		"one number is marked":             {`(\[0, \{"goto": \{"target": )"endpoint-[^"]+"`, `$1"mark-for-masquerade"`},
+		"a choice comes back":              {`"goto"(: \{"target": "endpoint-)`, `"jump"$1`},
+		"a choice for some clients":        {`\{"vmap": \{"key": \{"numgen"`, `{"match": {"op": "==", "left": {"payload": {"protocol": "ip", "field": "saddr"}}, "right": {"prefix": {"addr": "10.52.0.0", "len": 16}}}}, {"vmap": {"key": {"numgen"`},
+		"a choice of the node's addresses": {`\{"dnat": \{"addr": "[0-9.]+"`, `{"dnat": {"addr": "10.146.0.2"`},
+		"a choice without a DNAT":          {`\{"dnat": \{"addr": "[0-9.]+", "port": \d+\}\}`, `{"counter": {"packets": 0, "bytes": 0}}`},
 	}
 	dealt, together := 0, 0
 	for name, edit := range edits {
@@ -50,7 +59,11 @@ func TestLeaves(t *testing.T) {
 					other = regexp.MustCompile(edit.match).ReplaceAllString(other, edit.by)
 				}
 				changed = changed || other != c.text
-				rs, err := iptables.Parse(strings.NewReader(other), c.name)
+				read := iptables.Parse
+				if strings.HasSuffix(c.name, ".json") {
+					read = nftables.Parse
+				}
+				rs, err := read(strings.NewReader(other), c.name)
 				if err != nil {
 					t.Fatalf("%s: %v", c.name, err)
 				}
