@@ -102,7 +102,7 @@ func (r *run) passes(l *leaf, t *netfilter.Table, id netfilter.ChainID) bool {
 // reports whether it could.
 func (r *run) pass(t *netfilter.Table, id netfilter.ChainID, s *state, passed *[]state) bool {
 	l := &r.table.leaves[id]
-	if l.port == 0 || r.detailed() || !r.passes(l, t, id) {
+	if r.detailed() || !r.passes(l, t, id) {
 		return false
 	}
 	r.tracks.enter(chainAt{r.table.number, id})
@@ -255,20 +255,18 @@ func (r *run) spread(t *netfilter.Table, c *netfilter.Chain, from int, share Sha
 	}
 	d := r.spreads[n]
 	*d = spread{table: t, leaves: r.table.leaves, chain: c, from: from, share: share, parts: d.parts[:0]}
-	rest := state{share: share}
-	for i := from; !rest.share.IsZero(); i++ {
+	for i, rest := from, share; !rest.IsZero(); i++ {
 		rule := c.Rule(i)
-		taken := state{share: rest.share}
-		r.split(rule, &taken, &rest)
+		var taken, one Share
+		taken, rest = r.split(rule, rest)
 		last := rule[len(rule)-1]
 		if last.Kind != netfilter.Choose {
-			r.add(d, last, taken.share)
+			r.add(d, last, taken)
 			continue
 		}
 		left := last.B
 		for _, choice := range c.Choices(last) {
-			var one Share
-			one, taken.share = r.splits.split(taken.share, choice.Count, left)
+			one, taken = r.splits.split(taken, choice.Count, left)
 			left -= choice.Count
 			r.add(d, choice.Verdict, one)
 		}

@@ -361,7 +361,7 @@ func (r *run) chain(t *netfilter.Table, c *netfilter.Chain, live []state, passed
 					keep(&live[k])
 				}
 			} else if p != always {
-				r.split(rule, &taken, &live[k])
+				taken.share, live[k].share = r.split(rule, taken.share)
 				if !live[k].share.IsZero() {
 					keep(&live[k])
 				}
@@ -457,17 +457,17 @@ func (r *run) lookUp(t *netfilter.Table, e netfilter.Expr, s *state) (netfilter.
 	return v, ok
 }
 
-// split parts two copies of a state at the chances of a rule, of which there
-// mostly is one.
-func (r *run) split(rule []netfilter.Expr, taken, rest *state) {
-	rest.share = Share{}
+// split parts a share at the chances of a rule, of which there mostly is one.
+func (r *run) split(rule []netfilter.Expr, share Share) (taken, rest Share) {
+	taken = share
 	for _, e := range rule {
 		if e.Kind == netfilter.Random || e.Kind == netfilter.Nth {
 			p := chanceOf(e)
-			hit, missed := r.splits.split(taken.share, p.num, p.den)
-			taken.share, rest.share = hit, rest.share.plus(missed)
+			hit, missed := r.splits.split(taken, p.num, p.den)
+			taken, rest = hit, rest.plus(missed)
 		}
 	}
+	return taken, rest
 }
 
 // join puts states together that have the same future.
